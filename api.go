@@ -1,0 +1,515 @@
+// The HTTP contract: routes, access, errors. Each handler decodes, calls one
+// method of rules or mux, and encodes.
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"path"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/net/websocket"
+)
+
+const maxBody = 64 << 10 // bytes of a rule
+
+// server answers HTTP. Its handlers end when ctx does; tasks counts them, since
+// http.Server.Shutdown does not wait for hijacked connections.
+type server struct {
+	ctx    context.Context
+	rules  *rules
+	mux    *mux
+	maxLag time.Duration
+	token  string // what peers that are not loopback present; "": none may
+	log    *slog.Logger
+	tasks  sync.WaitGroup
+
+	routes *http.ServeMux
+	cross  *http.CrossOriginProtection
+	host   string // this machine's name
+}
+
+func newServer(ctx context.Context, r *rules, token string, log *slog.Logger) *server {
+	s := &server{
+		ctx: ctx, rules: r, mux: r.mux, maxLag: r.maxLag, token: token, log: log,
+		routes: http.NewServeMux(), cross: http.NewCrossOriginProtection(),
+	}
+	s.host, _ = os.Hostname()
+	for _, method := range []string{"POST", "PUT", "UPDATE"} {
+		s.handle(method+" /api/streams", s.setStream)
+		s.handle(method+" /api/destinations", s.setDestination)
+	}
+	s.handle("GET /api/streams/{stream...}", s.getStream)
+	s.handle("DELETE /api/streams/{stream...}", s.deleteStream)
+	s.handle("GET /api/destinations/{id...}", s.getDestination)
+	s.handle("DELETE /api/destinations/{id...}", s.deleteDestination)
+	s.handle("GET /healthcheck", func(*http.Request) (any, error) { return "ok", nil })
+	s.routes.HandleFunc("POST /ts/{feed...}", s.postFeed)
+	s.routes.HandleFunc("PUT /ts/{feed...}", s.postFeed)
+	s.routes.HandleFunc("GET /ts/{name...}", s.getTS)
+	s.routes.HandleFunc("GET /in/{feed...}", s.in)
+	s.routes.HandleFunc("GET /out/{name...}", s.out)
+	for _, path := range []string{"/ts", "/in", "/out"} { // else ServeMux redirects
+		s.handle(path, func(*http.Request) (any, error) { return nil, invalid("path %q: the name is missing", path) })
+	}
+	for _, path := range []string{"/api/streams", "/api/destinations"} {
+		s.routes.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Allow", "POST, PUT, UPDATE")
+			s.refuse(w, r, notAllowed(w, r))
+		})
+	}
+	return s
+}
+
+// ServeHTTP checks access, then routes; ServeMux's own answers become JSON.
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.tasks.Add(1)
+	defer s.tasks.Done()
+	if err := s.admit(r); err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	if err := tidyPath(r.URL); err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	h, pattern := s.routes.Handler(r)
+	if pattern != "" {
+		s.routes.ServeHTTP(w, r) // sets the path values
+		return
+	}
+	own := muxAnswer{header: w.Header(), status: http.StatusOK}
+	h.ServeHTTP(&own, r)
+	w.Header().Del("X-Content-Type-Options")
+	if own.status == http.StatusMethodNotAllowed {
+		s.refuse(w, r, notAllowed(w, r))
+		return
+	}
+	s.refuse(w, r, httpError{own.status, fmt.Sprintf("path %q: there is no such thing", r.URL.Path)})
+}
+
+// notAllowed is the error of a method that the Allow header does not list.
+func notAllowed(w http.ResponseWriter, r *http.Request) error {
+	return httpError{http.StatusMethodNotAllowed, fmt.Sprintf("%s %q: the methods here are %s", r.Method, r.URL.Path, w.Header().Get("Allow"))}
+}
+
+// admit decides who may ask: this machine, and others with the token. What
+// came through a proxy is never this machine.
+func (s *server) admit(r *http.Request) error {
+	if err := s.cross.Check(r); err != nil {
+		return httpError{http.StatusForbidden, err.Error()}
+	}
+	if fromLoopback(r) {
+		host := r.Host
+		if h, _, err := net.SplitHostPort(host); err == nil {
+			host = h
+		}
+		host = strings.Trim(host, "[]")
+		if net.ParseIP(host) == nil && !strings.EqualFold(host, "localhost") && !strings.EqualFold(host, s.host) {
+			return httpError{http.StatusForbidden, fmt.Sprintf("host %.100q: neither an address, localhost nor %q (DNS rebinding)", r.Host, s.host)}
+		}
+		return nil
+	}
+	if s.token == "" {
+		return httpError{http.StatusForbidden, fmt.Sprintf("remote %s: only this machine may ask, unless VW_TOKEN is set", r.RemoteAddr)}
+	}
+	given, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	if !ok {
+		_, given, _ = r.BasicAuth()
+	}
+	want, got := sha256.Sum256([]byte(s.token)), sha256.Sum256([]byte(given))
+	if subtle.ConstantTimeCompare(want[:], got[:]) == 0 {
+		return httpError{http.StatusUnauthorized, "VW_TOKEN must be presented: Authorization: Bearer, or Basic with it as the password"}
+	}
+	return nil
+}
+
+// fromLoopback tells whether the request was made on this machine, and not
+// for somebody else by a proxy on it.
+func fromLoopback(r *http.Request) bool {
+	for name := range r.Header {
+		if name == "Forwarded" || name == "Via" || name == "X-Real-Ip" || strings.HasPrefix(name, "X-Forwarded-") {
+			return false
+		}
+	}
+	peer, err := netip.ParseAddrPort(r.RemoteAddr)
+	return err == nil && peer.Addr().Unmap().IsLoopback()
+}
+
+// muxAnswer keeps what ServeMux says of a request that matches no route.
+type muxAnswer struct {
+	header http.Header
+	status int
+}
+
+func (a *muxAnswer) Header() http.Header         { return a.header }
+func (a *muxAnswer) WriteHeader(status int)      { a.status = status }
+func (a *muxAnswer) Write(b []byte) (int, error) { return len(b), nil }
+
+// tidyPath takes the leading slash off a name that follows its route, and
+// refuses what ServeMux would answer with a redirect, which ffmpeg does not
+// follow.
+func tidyPath(u *url.URL) error {
+	for _, route := range []string{"/ts/", "/in/", "/out/", "/api/streams/", "/api/destinations/"} {
+		if name, ok := strings.CutPrefix(u.Path, route+"/"); ok {
+			u.Path, u.RawPath = route+name, ""
+		}
+	}
+	p := u.EscapedPath()
+	if clean := path.Clean(p); clean != p && clean+"/" != p {
+		return httpError{http.StatusBadRequest, fmt.Sprintf("path %q: it has empty segments, . or ..", u.Path)}
+	}
+	return nil
+}
+
+// httpError is an error with its status.
+type httpError struct {
+	status int
+	text   string
+}
+
+func (e httpError) Error() string { return e.text }
+
+// refuse answers with an error. A body that is still coming is not waited for:
+// ffmpeg only notices the answer when the connection closes.
+func (s *server) refuse(w http.ResponseWriter, r *http.Request, err error) {
+	status := http.StatusInternalServerError
+	var known httpError
+	var bad invalidError
+	switch {
+	case errors.As(err, &known):
+		status = known.status
+	case errors.As(err, &bad):
+		status = http.StatusBadRequest
+	case errors.Is(err, errNotFound):
+		status = http.StatusNotFound
+	case errors.Is(err, errReplaced):
+		status = http.StatusConflict
+	case errors.Is(err, errNotTS):
+		status = http.StatusUnsupportedMediaType
+	case errors.Is(err, errShutdown):
+		status = http.StatusServiceUnavailable
+	}
+	if status == http.StatusUnauthorized {
+		w.Header().Set("WWW-Authenticate", `Basic realm="vw"`)
+	}
+	c := http.NewResponseController(w)
+	if r.ContentLength != 0 {
+		c.EnableFullDuplex() // else net/http reads on before it writes
+		w.Header().Set("Connection", "close")
+	}
+	answer(w, status, map[string]string{"error": err.Error()})
+	if r.ContentLength != 0 {
+		c.Flush()
+		c.SetReadDeadline(past)
+	}
+}
+
+// answer writes v as JSON, exactly and without a newline.
+func answer(w http.ResponseWriter, status int, v any) {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(v); err != nil {
+		panic(err) // what we answer can be encoded
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(status)
+	w.Write(bytes.TrimSuffix(b.Bytes(), []byte("\n")))
+}
+
+// handle makes a route of a function whose result is answered as JSON.
+func (s *server) handle(pattern string, f func(*http.Request) (any, error)) {
+	s.routes.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+		v, err := f(r)
+		if err != nil {
+			s.refuse(w, r, err)
+			return
+		}
+		answer(w, http.StatusOK, v)
+	})
+}
+
+// body decodes a rule.
+func body(r *http.Request, v any) error {
+	b, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
+	if err != nil {
+		return invalid("body: %v", err)
+	}
+	if len(b) > maxBody {
+		return httpError{http.StatusRequestEntityTooLarge, fmt.Sprintf("body: more than %d bytes", maxBody)}
+	}
+	return decode(b, v)
+}
+
+func (s *server) setStream(r *http.Request) (any, error) {
+	var rule streamRule
+	if err := body(r, &rule); err != nil {
+		return nil, err
+	}
+	return s.rules.setStream(rule)
+}
+
+func (s *server) getStream(r *http.Request) (any, error) {
+	name := r.PathValue("stream")
+	if name == "all" {
+		return s.rules.allStreams(), nil
+	}
+	name, err := cleanStream(name)
+	if err != nil {
+		return nil, err
+	}
+	return s.rules.stream(name)
+}
+
+func (s *server) deleteStream(r *http.Request) (any, error) {
+	name := r.PathValue("stream")
+	if name == "all" {
+		s.rules.deleteStreams()
+		return "deleteAll", nil
+	}
+	name, err := cleanStream(name)
+	if err != nil {
+		return nil, err
+	}
+	return name, s.rules.deleteStream(name)
+}
+
+func (s *server) setDestination(r *http.Request) (any, error) {
+	var rule destinationRule
+	if err := body(r, &rule); err != nil {
+		return nil, err
+	}
+	return s.rules.setDestination(rule)
+}
+
+func (s *server) getDestination(r *http.Request) (any, error) {
+	name := r.PathValue("id")
+	if name == "all" {
+		return s.rules.allDestinations(), nil
+	}
+	name, err := cleanName("id", name)
+	if err != nil {
+		return nil, err
+	}
+	return s.rules.destination(name)
+}
+
+func (s *server) deleteDestination(r *http.Request) (any, error) {
+	name := r.PathValue("id")
+	if name == "all" {
+		s.rules.deleteDestinations()
+		return "deleteAll", nil
+	}
+	name, err := cleanName("id", name)
+	if err != nil {
+		return nil, err
+	}
+	return name, s.rules.deleteDestination(name)
+}
+
+// postFeed publishes the body until it ends.
+func (s *server) postFeed(w http.ResponseWriter, r *http.Request) {
+	c := http.NewResponseController(w)
+	if err := s.publish(r, func() { c.SetReadDeadline(past) }); err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	answer(w, http.StatusOK, "ok")
+}
+
+// publish publishes the body of r; interrupt makes reads of it fail.
+func (s *server) publish(r *http.Request, interrupt func()) error {
+	name, err := cleanFeed(r.PathValue("feed"))
+	if err != nil {
+		return err
+	}
+	defer onDone(s.ctx, interrupt)()
+	log := s.log.With("feed", name, "remote", r.RemoteAddr)
+	log.Info("publisher arrived", "agent", r.UserAgent())
+	err = s.mux.publish(name, &publisher{interrupt: interrupt}, r.Body)
+	if s.ctx.Err() != nil {
+		err = errShutdown
+	}
+	log.Info("publisher left", "err", err)
+	return err
+}
+
+// getTS sends a feed or stream as it is, until the reader leaves.
+func (s *server) getTS(w http.ResponseWriter, r *http.Request) {
+	name, err := cleanName("feed or stream", r.PathValue("name"))
+	if err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	w.Header().Set("Content-Type", "video/mp2t")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(http.StatusOK)
+	if r.Method == http.MethodHead {
+		return
+	}
+	conn := &response{w: w, c: http.NewResponseController(w)}
+	conn.c.Flush()
+	l := newLink(conn, s.log.With("stream", name, "remote", r.RemoteAddr))
+	l.cannotResume()
+	l.pings = 0
+	sub := l.subscribe(raw, s.maxLag)
+	s.mux.join(name, sub)
+	ctx, cancel := context.WithCancelCause(r.Context())
+	defer cancel(nil)
+	defer context.AfterFunc(s.ctx, func() { cancel(errShutdown) })()
+	l.log.Info("reader left", "err", l.send(ctx, sub))
+	s.mux.leave(name, sub)
+	sub.end()
+}
+
+// response lets a link write to a GET: its Write is not done before the bytes
+// are handed to the kernel.
+type response struct {
+	net.Conn // nil; a link that only sends uses the methods below
+	w        http.ResponseWriter
+	c        *http.ResponseController
+}
+
+func (r *response) SetWriteDeadline(t time.Time) error { return r.c.SetWriteDeadline(t) }
+
+func (r *response) Write(b []byte) (int, error) {
+	n, err := r.w.Write(b)
+	if err != nil {
+		return n, err
+	}
+	return n, r.c.Flush()
+}
+
+// in publishes a feed from a websocket's binary messages, however split.
+func (s *server) in(w http.ResponseWriter, r *http.Request) {
+	name, err := cleanFeed(r.PathValue("feed"))
+	if err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	s.upgrade(w, r, func(l *link, ws *websocket.Conn) error {
+		l.log = s.log.With("feed", name, "remote", r.RemoteAddr)
+		l.log.Info("publisher arrived", "agent", r.UserAgent())
+		ctx, cancel := context.WithCancelCause(s.ctx)
+		defer cancel(nil)
+		p := &publisher{interrupt: func() { cancel(errReplaced) }}
+		return l.serve(ctx, l.subscribe(bare, s.maxLag), func() error {
+			return s.mux.publish(name, p, cutOff{ws})
+		}, func() {})
+	})
+}
+
+// cutOff is a reader whose end is never a proper one: x/net does not tell a
+// close frame from a lost connection.
+type cutOff struct{ io.Reader }
+
+func (c cutOff) Read(p []byte) (int, error) {
+	n, err := c.Reader.Read(p)
+	if err == io.EOF {
+		err = errPeerClosed
+	}
+	return n, err
+}
+
+// out sends a feed or stream to a viewer, such as JSMpeg.
+func (s *server) out(w http.ResponseWriter, r *http.Request) {
+	name, err := cleanName("feed or stream", r.PathValue("name"))
+	if err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	s.upgrade(w, r, func(l *link, ws *websocket.Conn) error {
+		l.log = s.log.With("stream", name, "remote", r.RemoteAddr)
+		l.log.Info("reader arrived", "agent", r.UserAgent())
+		sub := l.subscribe(bare, s.maxLag)
+		s.mux.join(name, sub)
+		err := l.serve(s.ctx, sub, func() error { return discard(ws) }, func() {})
+		s.mux.leave(name, sub)
+		sub.end()
+		return err
+	})
+}
+
+// upgrade makes a websocket of the request, and closes it when serve returns.
+// The first subprotocol that is offered is accepted, whatever it is: JSMpeg
+// offers "null".
+func (s *server) upgrade(w http.ResponseWriter, r *http.Request, serve func(*link, *websocket.Conn) error) {
+	if err := checkUpgrade(r); err != nil {
+		w.Header().Set("Upgrade", "websocket")
+		w.Header().Set("Sec-WebSocket-Version", websocket.SupportedProtocolVersion)
+		s.refuse(w, r, err)
+		return
+	}
+	h := &hijacker{ResponseWriter: w, log: s.log}
+	websocket.Server{
+		Handshake: func(c *websocket.Config, _ *http.Request) error {
+			c.Protocol = c.Protocol[:min(len(c.Protocol), 1)]
+			return nil
+		},
+		Handler: func(ws *websocket.Conn) {
+			h.link.opening = false
+			err := serve(h.link, ws)
+			h.link.log.Info("websocket ended", "err", err)
+		},
+	}.ServeHTTP(h, r)
+}
+
+// checkUpgrade tells what x/net would refuse in plain text, and refuses pages
+// of another origin: a browser lets those open websockets. RFC 6455 4.2.1, 10.2.
+func checkUpgrade(r *http.Request) error {
+	if origin := r.Header.Get("Origin"); origin != "" {
+		if u, err := url.Parse(origin); err != nil || !strings.EqualFold(u.Host, r.Host) {
+			return httpError{http.StatusForbidden, fmt.Sprintf("origin %.100q: only pages of %.100q may open this websocket", origin, r.Host)}
+		}
+	}
+	switch {
+	case !strings.EqualFold(r.Header.Get("Upgrade"), "websocket"),
+		!strings.Contains(strings.ToLower(r.Header.Get("Connection")), "upgrade"),
+		r.Header.Get("Sec-WebSocket-Version") != websocket.SupportedProtocolVersion:
+		return httpError{http.StatusUpgradeRequired, "this is a websocket of version 13: ask for an upgrade"}
+	case r.Header.Get("Sec-WebSocket-Key") == "":
+		return invalid("Sec-WebSocket-Key is missing")
+	}
+	return nil
+}
+
+// hijacker gives x/net a link in place of the connection.
+type hijacker struct {
+	http.ResponseWriter
+	log  *slog.Logger
+	link *link
+}
+
+// Hijack implements http.Hijacker.
+func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	h.link = newLink(conn, h.log)
+	h.link.opening, h.link.budget = true, maxHandshake
+	var early io.Reader = h.link
+	if n := rw.Reader.Buffered(); n > 0 { // frames that came with the request
+		b, _ := rw.Reader.Peek(n)
+		early = io.MultiReader(bytes.NewReader(bytes.Clone(b)), h.link)
+	}
+	return h.link, bufio.NewReadWriter(bufio.NewReader(early), bufio.NewWriter(h.link)), nil
+}

@@ -1,0 +1,591 @@
+// Egress: a link is one connection to a reader, and its only writer; a
+// destination is a rule at work, which keeps a link to its relay up.
+//
+// x/net/websocket does the opening handshake and reads. Messages go past it,
+// straight to the connection; what it writes itself (pongs) is queued for the
+// send loop, so that one goroutine owns a connection's writes (I4).
+
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/base64"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/net/websocket"
+)
+
+const (
+	dialTimeout      = 2 * time.Second
+	handshakeTimeout = 5 * time.Second
+	maxHandshake     = 16 << 10 // bytes of answer
+	pingEvery        = 2 * time.Second
+	// A relay that stalls for 4 s just before it answers a ping is silent for
+	// 6 s and lives on; one that has vanished is noticed within 7 s.
+	maxSilence   = 6500 * time.Millisecond
+	maxStall     = 5 * time.Second // without progress of a write
+	stallStep    = time.Second     // how often progress is looked at
+	closeTimeout = 100 * time.Millisecond
+	healthyAfter = 5 * time.Second
+	maxTakeOver  = 2 * time.Second
+
+	maxBatch  = 64 << 10 // bytes in one writev
+	maxRecord = 16 << 10 // bytes in one TLS record. RFC 8446 5.1
+)
+
+// Why a link ends, other than by its network.
+var (
+	errRemoved    = errors.New("rule removed")
+	errTakenOver  = errors.New("taken over by the new URL")
+	errPeerClosed = errors.New("closed by the other side")
+)
+
+// past is a deadline that interrupts at once.
+var past = time.Unix(1, 0)
+
+// link is a connection to one reader. Only its send loop writes.
+type link struct {
+	net.Conn // a *tls.Conn for wss, a *response for GET /ts
+
+	// static after construction
+	log     *slog.Logger
+	tcp     *net.TCPConn // below Conn; nil when there is none
+	masks   bool         // we are the client. RFC 6455 5.3
+	batch   int          // bytes in a write
+	resumes bool         // a write that a deadline ends can go on: TCP, but not TLS
+	pings   time.Duration
+	silence time.Duration // most between two reads; 0: any
+
+	// owned by the goroutine that does the handshake, static after it
+	opening bool
+	answer  []byte // the first line of the relay's answer
+	budget  int    // bytes that the answer may still have
+
+	control chan []byte // control frames that x/net wrote
+
+	// owned by the send loop
+	iov     [][]byte
+	vec     net.Buffers
+	buf     []byte    // one TLS record
+	stalled time.Time // since when no write made progress; zero: the last did
+	torn    bool      // a control frame is begun and not whole
+}
+
+func newLink(conn net.Conn, log *slog.Logger) *link {
+	tcp, _ := conn.(*net.TCPConn)
+	return &link{
+		Conn: conn, tcp: tcp, log: log, batch: maxBatch, resumes: true, pings: pingEvery,
+		control: make(chan []byte, 16),
+	}
+}
+
+// cannotResume: the connection is lost when a deadline ends a write.
+func (l *link) cannotResume() {
+	l.batch, l.resumes = maxRecord, false
+}
+
+// subscribe returns a queue for what l is to send.
+func (l *link) subscribe(f form, maxAge time.Duration) *subscriber {
+	s := newSubscriber(f, maxAge)
+	if l.resumes {
+		s.interrupt = func() { l.SetWriteDeadline(past) }
+	}
+	return s
+}
+
+// Read is x/net's way to the connection.
+func (l *link) Read(p []byte) (int, error) {
+	if !l.opening {
+		if l.silence > 0 {
+			l.SetReadDeadline(time.Now().Add(l.silence))
+		}
+		n, err := l.Conn.Read(p)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			err = fmt.Errorf("nothing read for %v", l.silence)
+		}
+		return n, err
+	}
+	if l.budget == 0 {
+		return 0, fmt.Errorf("the answer is longer than %d bytes", maxHandshake)
+	}
+	n, err := l.Conn.Read(p[:min(len(p), l.budget)])
+	l.budget -= n
+	if len(l.answer) < 80 {
+		l.answer = append(l.answer, p[:min(n, 80)]...)
+	}
+	return n, err
+}
+
+// Write is x/net's way to the connection: after the handshake a whole control
+// frame, left to the send loop. When too many wait, it is dropped: who sends
+// pings by the thousand may miss a pong.
+func (l *link) Write(p []byte) (int, error) {
+	if l.opening {
+		return l.Conn.Write(p)
+	}
+	select {
+	case l.control <- append([]byte(nil), p...):
+	default:
+	}
+	return len(p), nil
+}
+
+// statusError is a relay's answer other than 101.
+type statusError struct {
+	code int
+	line string // such as "401 Unauthorized"
+}
+
+func (e statusError) Error() string { return "the relay answered " + e.line }
+
+// status reads the first line of the answer. RFC 9112 4.
+func (l *link) status() statusError {
+	line, _, _ := strings.Cut(string(l.answer), "\r\n")
+	_, line, _ = strings.Cut(line, " ")
+	code, _ := strconv.Atoi(line[:min(len(line), 3)])
+	return statusError{code, strconv.QuoteToASCII(line)}
+}
+
+// open does the TLS and the websocket handshake as a client.
+func (l *link) open(ctx context.Context, u *url.URL) (*websocket.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
+	defer cancel()
+	origin := url.URL{Scheme: "http", Host: u.Host}
+	if u.Scheme == "wss" {
+		origin.Scheme = "https"
+		conn := tls.Client(l.Conn, &tls.Config{
+			ServerName: u.Hostname(), MinVersion: tls.VersionTLS12,
+			NextProtos: []string{"http/1.1"}, DynamicRecordSizingDisabled: true,
+		})
+		l.cannotResume()
+		l.Conn = conn
+		if err := conn.HandshakeContext(ctx); err != nil {
+			return nil, fmt.Errorf("TLS handshake: %w", err)
+		}
+	}
+	release := onDone(ctx, func() { l.SetDeadline(past) })
+	config := &websocket.Config{
+		Location: u, Origin: &origin, Version: websocket.ProtocolVersionHybi13, Header: http.Header{},
+	}
+	if u.User != nil {
+		password, _ := u.User.Password()
+		config.Header.Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(u.User.Username()+":"+password)))
+	}
+	l.opening, l.budget, l.masks = true, maxHandshake, true
+	ws, err := websocket.NewClient(config, l)
+	l.opening = false
+	release()
+	switch {
+	case ctx.Err() == context.DeadlineExceeded:
+		return nil, fmt.Errorf("websocket handshake: no answer within %v", handshakeTimeout)
+	case err == websocket.ErrBadStatus:
+		return nil, l.status()
+	case err == io.EOF:
+		return nil, errors.New("websocket handshake: closed without an answer")
+	case err != nil: // it may quote the answer
+		return nil, fmt.Errorf("websocket handshake: %.200s", err.Error())
+	}
+	return ws, l.SetDeadline(time.Time{})
+}
+
+// onDone calls f when ctx is done. The function it returns undoes that, or
+// waits for f; then f is not running and will not.
+func onDone(ctx context.Context, f func()) (release func()) {
+	done := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(done)
+		f()
+	})
+	return func() {
+		if !stop() {
+			<-done
+		}
+	}
+}
+
+// serve runs an open websocket until ctx is done or one of its sides ends:
+// read in a goroutine of its own, which must return when the connection
+// closes, and the send loop in this one. It calls quiet when nothing of the
+// media will be written any more, closes the connection, and returns why.
+func (l *link) serve(ctx context.Context, s *subscriber, read func() error, quiet func()) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var reader sync.WaitGroup
+	defer reader.Wait()
+	gone := make(chan struct{})
+	reader.Go(func() {
+		defer close(gone)
+		err := read()
+		if err == nil || err == io.EOF {
+			err = errPeerClosed
+		}
+		cancel(err)
+	})
+	cancel(l.send(ctx, s))
+	why := context.Cause(ctx)
+	l.close(why, s, gone, quiet)
+	return why
+}
+
+// send writes what s queues, control frames and pings, until ctx is done or a
+// write ends the connection; never nil.
+func (l *link) send(ctx context.Context, s *subscriber) error {
+	defer onDone(ctx, func() { l.SetWriteDeadline(past) })()
+	var ping <-chan time.Time
+	if l.pings > 0 {
+		ticker := time.NewTicker(l.pings)
+		defer ticker.Stop()
+		ping = ticker.C
+	}
+	for {
+		var err error
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case frame := <-l.control:
+			err = l.sendControl(ctx, frame)
+		case <-ping:
+			err = l.sendControl(ctx, appendFrame(nil, opPing, nil, l.masks))
+		case <-s.ready:
+			err = l.sendBatch(ctx, s)
+			if err == nil && s.drained() {
+				return errTakenOver
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// sendControl writes one control frame, between two messages.
+func (l *link) sendControl(ctx context.Context, frame []byte) error {
+	l.SetWriteDeadline(time.Now().Add(maxStall))
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if n, err := l.Conn.Write(frame); err != nil {
+		l.torn = n > 0
+		return fmt.Errorf("write: %w", err)
+	}
+	return nil
+}
+
+// sendBatch writes what is queued up to one batch, and the rest of a message
+// that is begun. I6: it re-arms the deadline, then looks at ctx and at what
+// may be sent, then writes; a deadline set in between is met by the write.
+func (l *link) sendBatch(ctx context.Context, s *subscriber) error {
+	for {
+		start := time.Now()
+		l.SetWriteDeadline(start.Add(l.patience()))
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		l.iov = s.take(l.iov[:0], l.batch, !l.resumes)
+		if len(l.iov) == 0 {
+			return nil
+		}
+		n, err := l.write()
+		p := s.wrote(n)
+		if p.lagged > 0 {
+			l.log.Warn("the reader was too slow and has caught up", "dropped", p.lagged)
+		}
+		if err != nil && (!l.resumes || !errors.Is(err, os.ErrDeadlineExceeded)) {
+			return fmt.Errorf("write: %w", err)
+		}
+		switch {
+		case err == nil || n > 0:
+			l.stalled = time.Time{}
+		case p.stopped:
+		case l.stalled.IsZero():
+			l.stalled = start
+		case time.Since(l.stalled) >= maxStall:
+			return fmt.Errorf("write: no progress for %v", maxStall)
+		}
+		if !p.partial {
+			return nil
+		}
+	}
+}
+
+// patience is how long one write may take.
+func (l *link) patience() time.Duration {
+	if l.resumes {
+		return stallStep
+	}
+	return maxStall
+}
+
+// write hands l.iov to the connection: one writev, or one write of a record.
+func (l *link) write() (int, error) {
+	if l.resumes {
+		l.vec = l.iov
+		n, err := l.vec.WriteTo(l.Conn)
+		return int(n), err
+	}
+	if len(l.iov) == 1 {
+		return l.Conn.Write(l.iov[0])
+	}
+	l.buf = l.buf[:0]
+	for _, b := range l.iov {
+		l.buf = append(l.buf, b...)
+	}
+	return l.Conn.Write(l.buf)
+}
+
+// closeCode is the status of our close frame; 0 for none. RFC 6455 7.4.1.
+func closeCode(why error) uint16 {
+	switch {
+	case errors.Is(why, errRemoved), errors.Is(why, errTakenOver), errors.Is(why, errPeerClosed):
+		return 1000
+	case errors.Is(why, errShutdown):
+		return 1001 // going away
+	case errors.Is(why, errNotTS):
+		return 1003
+	case errors.Is(why, errReplaced):
+		return 1008
+	}
+	return 0
+}
+
+// close ends the connection: with a close frame where one can be read soon,
+// else so that the kernel sends nothing more.
+func (l *link) close(why error, s *subscriber, gone <-chan struct{}, quiet func()) {
+	defer l.Conn.Close()
+	code := closeCode(why)
+	l.SetWriteDeadline(time.Now().Add(closeTimeout))
+	torn := l.torn
+	if l.iov = s.rest(l.iov[:0]); len(l.iov) > 0 {
+		torn = torn || code != 1001 || !l.resumes
+		if !torn {
+			_, err := l.write()
+			torn = err != nil
+		}
+	}
+	stuck := code != 1001 && l.tcp != nil && unsent(l.tcp) > 0
+	if code == 0 || torn || stuck || l.sendClose(code) != nil {
+		if l.tcp != nil {
+			l.tcp.SetLinger(0)
+			l.tcp.Close()
+		}
+		quiet()
+		return
+	}
+	quiet()
+	timeout := time.NewTimer(closeTimeout)
+	defer timeout.Stop()
+	select {
+	case <-gone:
+	case <-timeout.C:
+		if l.tcp != nil {
+			l.tcp.SetLinger(0)
+			l.tcp.Close()
+		}
+	}
+}
+
+// sendClose writes a close frame. RFC 6455 5.5.1.
+func (l *link) sendClose(code uint16) error {
+	_, err := l.Conn.Write(appendFrame(nil, opClose, binary.BigEndian.AppendUint16(nil, code), l.masks))
+	return err
+}
+
+// discard reads what a relay or viewer sends, until the connection ends.
+func discard(r io.Reader) error {
+	buf := make([]byte, 512)
+	for {
+		if _, err := r.Read(buf); err != nil {
+			return err
+		}
+	}
+}
+
+// destination sends a feed or stream to a relay until it is stopped.
+type destination struct {
+	rule   destinationRule
+	url    *url.URL
+	mux    *mux
+	dial   func(ctx context.Context, network, address string) (net.Conn, error)
+	maxLag time.Duration
+	log    *slog.Logger
+
+	cancel context.CancelCauseFunc
+	quiet  chan struct{} // closed when nothing will be written any more
+	live   chan struct{} // closed when a viewer at the relay could begin to watch
+	hush   func()        // closes quiet, once
+	isLive func()        // closes live, once
+
+	mu   sync.Mutex
+	sub  *subscriber // of the open connection; nil without
+	past counters    // of the connections before it
+}
+
+// start makes d run, in a goroutine of tasks, until ctx is done or stop.
+func (d *destination) start(ctx context.Context, tasks *sync.WaitGroup) {
+	ctx, d.cancel = context.WithCancelCause(ctx)
+	d.quiet, d.live = make(chan struct{}), make(chan struct{})
+	d.hush = sync.OnceFunc(func() { close(d.quiet) })
+	d.isLive = sync.OnceFunc(func() { close(d.live) })
+	tasks.Go(func() { d.run(ctx) })
+}
+
+// stop ends d. When it returns, nothing more is written to the relay (I6).
+// It waits for our own goroutine, never for the relay.
+func (d *destination) stop() {
+	d.cancel(errRemoved)
+	<-d.quiet
+}
+
+// drain ends d once it has sent what is queued.
+func (d *destination) drain() {
+	d.mu.Lock()
+	s := d.sub
+	d.mu.Unlock()
+	if s == nil {
+		d.cancel(errTakenOver)
+		return
+	}
+	s.drain()
+}
+
+// count returns the counters of all of d's connections, and how many messages
+// are queued in the open one.
+func (d *destination) count() (c counters, queued int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c = d.past
+	if s := d.sub; s != nil {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		c.add(s.counters)
+		queued = len(s.items)
+	}
+	return c, queued
+}
+
+// run keeps a connection to the relay up.
+func (d *destination) run(ctx context.Context) {
+	defer d.hush()
+	var b backoff
+	told := "" // the last error that the log was told
+	for {
+		healthy, err := d.connect(ctx, told == "")
+		if errors.Is(err, errTakenOver) || ctx.Err() != nil {
+			d.log.Info("destination ended", "err", context.Cause(ctx))
+			return
+		}
+		if healthy {
+			told = ""
+		}
+		wait := b.next(err, healthy)
+		if err.Error() != told {
+			told = err.Error()
+			d.log.Warn("no connection, trying again", "err", err)
+		}
+		d.log.Debug("waiting", "wait", wait, "err", err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+}
+
+// connect is one connection: dial, handshake, send. healthy tells whether it
+// was open for 5 s; the error, never nil, why it ended.
+func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err error) {
+	host := d.url.Host
+	if d.url.Port() == "" {
+		host = net.JoinHostPort(d.url.Hostname(), map[string]string{"ws": "80", "wss": "443"}[d.url.Scheme])
+	}
+	dialing, cancel := context.WithTimeout(ctx, dialTimeout)
+	conn, err := d.dial(dialing, "tcp", host)
+	cancel()
+	if err != nil {
+		return false, unreachable{err}
+	}
+	l := newLink(conn, d.log)
+	l.silence = maxSilence
+	ws, err := l.open(ctx, d.url)
+	if err != nil {
+		conn.Close()
+		return false, err
+	}
+	if tell {
+		d.log.Info("connected")
+	} else { // it may be one that closes at once: tell when it has lasted
+		defer time.AfterFunc(healthyAfter, func() { d.log.Info("connected again") }).Stop()
+	}
+	s := l.subscribe(masked, d.maxLag)
+	s.live = d.isLive
+	d.mu.Lock()
+	d.sub = s
+	d.mu.Unlock()
+	d.mux.join(d.rule.Stream, s)
+	opened := time.Now()
+	err = l.serve(ctx, s, func() error { return discard(ws) }, func() {
+		if ctx.Err() != nil {
+			d.hush()
+		}
+	})
+	d.mux.leave(d.rule.Stream, s)
+	d.mu.Lock()
+	d.sub = nil
+	d.past.add(s.end())
+	d.mu.Unlock()
+	return time.Since(opened) >= healthyAfter, err
+}
+
+// unreachable is an error of a dial.
+type unreachable struct{ error }
+
+func (e unreachable) Unwrap() error { return e.error }
+
+// backoff says how long to wait after a failure. The zero value is ready.
+type backoff struct {
+	b time.Duration // of the next wait after a lost connection
+}
+
+// next draws the wait. A relay that can't be reached is on its way back: at
+// most 0.5 s, so that with keyframes twice a second there is video within 1 s
+// of its return. One that refuses will not mend by itself. Everything else
+// doubles, from 0.25 s to 10 s, until a connection was healthy.
+func (b *backoff) next(err error, healthy bool) time.Duration {
+	var (
+		dial   unreachable
+		status statusError
+		cert   *tls.CertificateVerificationError
+	)
+	switch {
+	case errors.As(err, &dial):
+		return rand.N(500 * time.Millisecond)
+	case errors.As(err, &status):
+		switch status.code {
+		case 502, 503, 504:
+			return rand.N(500 * time.Millisecond)
+		case 401, 403, 404:
+			return 9*time.Second + rand.N(2*time.Second)
+		}
+	case errors.As(err, &cert):
+		return 9*time.Second + rand.N(2*time.Second)
+	}
+	if healthy || b.b == 0 {
+		b.b = 250 * time.Millisecond
+	}
+	wait := b.b/2 + rand.N(b.b/2)
+	b.b = min(2*b.b, 10*time.Second)
+	return wait
+}

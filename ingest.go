@@ -1,0 +1,379 @@
+// Ingest: a publisher's endless bytes become chunks of whole frames (I1).
+//
+// The framer is pure: bytes in, messages out, whatever way the bytes were
+// split. A publisher owns one, in the goroutine that reads its body.
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sync/atomic"
+	"time"
+)
+
+// errNotTS: a body that is not MPEG-TS.
+var errNotTS = errors.New("not MPEG-TS")
+
+// errReplaced: a newer publisher has the feed.
+var errReplaced = errors.New("replaced by a newer publisher")
+
+const (
+	readSize   = 64 << 10 // bytes asked for at once
+	maxFrame   = 1 << 20  // bytes; a longer frame goes out in parts
+	maxHunt    = 64 << 10 // bytes in which a body must show that it is MPEG-TS
+	lockAfter  = 5        // packets in a row that begin with 0x47, to begin with
+	relockWith = 3        // and after a loss
+)
+
+// chunkInfo is what the readers of a chunk need to know of it.
+type chunkInfo struct {
+	key      bool     // it begins with a keyframe
+	start    bool     // it begins with the start of a frame
+	hasVideo bool     // its feed has video
+	lead     bool     // it begins with the feed's own PAT
+	psi      []byte   // the feed's last PAT and PMT, as they came; nil until known
+	program  *program // in force for it; nil until known
+	lost     bool     // packets or frames before it were lost on the way in
+}
+
+// frameStart is what is known of the first frame of a chunk.
+type frameStart struct {
+	seen, begins, key, pat bool
+	program                *program
+}
+
+// pidState follows the PES packets of one PID.
+type pidState struct {
+	es      bool // carries PES packets
+	begun   bool // a unit has started since synchronisation
+	open    bool // a PES has begun and its end is not known
+	left    int  // bytes to come of the open PES; 0: it did not say
+	cc      int  // last continuity counter
+	fills   bool // stuffing was seen in the middle of a PES here: it is no sign of the end
+	stuffed bool // the last PES was ended by stuffing
+}
+
+// framer cuts bytes into messages. The held bytes are
+//
+//	buf[base:done]  whole frames, the next chunk
+//	buf[done:lead]  frames whose end is not known
+//	buf[lead:pos]   PSI and the like, which belong to the frame to come
+//	buf[pos:]       not looked at yet
+type framer struct {
+	emit func(*message) // gets each chunk; must not block
+
+	buf                   []byte
+	base, done, lead, pos int
+	head                  frameStart // of the first frame from base on
+	tail                  frameStart // of the first frame from done on
+	leadPAT               bool       // a PAT is in buf[lead:pos]
+
+	psi      psi
+	rawPSI   []byte // psi.raw(), nil when it must be asked again
+	video    int    // PID of the video; -1 without
+	openPIDs int
+	index    [8192]uint8 // by PID, into pids; 0: not seen
+	pids     []pidState
+
+	locked, everLocked bool
+	lost               bool   // the next chunk comes after a loss
+	resyncs            uint64 // times that synchronisation was lost
+	at                 time.Time
+}
+
+func newFramer(emit func(*message)) *framer {
+	return &framer{emit: emit, video: -1, pids: make([]pidState, 1, 8)}
+}
+
+// read takes what one Read of r gives, and emits what it completes. At the
+// proper end, io.EOF, an unfinished frame is whole; at any other error it is
+// discarded. The error is the reader's, or errNotTS.
+func (f *framer) read(r io.Reader) error {
+	if need := len(f.buf) + readSize; cap(f.buf) < need {
+		f.buf = append(make([]byte, 0, need+readSize), f.buf...)
+	}
+	n, err := r.Read(f.buf[len(f.buf) : len(f.buf)+readSize])
+	f.buf = f.buf[:len(f.buf)+n]
+	f.at = time.Now()
+	if !f.parse(err == io.EOF) {
+		return errNotTS
+	}
+	if err == io.EOF && f.locked {
+		f.done = f.pos
+	}
+	f.flush()
+	f.compact()
+	return err
+}
+
+// compact moves what is held to the front of buf.
+func (f *framer) compact() {
+	f.buf = f.buf[:copy(f.buf, f.buf[f.base:])]
+	f.done -= f.base
+	f.lead -= f.base
+	f.pos -= f.base
+	f.base = 0
+}
+
+// parse looks at every whole packet. It is false when this is not MPEG-TS.
+func (f *framer) parse(end bool) bool {
+	for {
+		if !f.locked && !f.hunt(end) {
+			return f.everLocked || !end && f.pos < maxHunt || end && len(f.buf) == 0
+		}
+		if len(f.buf)-f.pos < packetSize {
+			return true
+		}
+		if f.buf[f.pos] != syncByte {
+			f.unlock()
+			continue
+		}
+		f.packet(packet(f.buf[f.pos : f.pos+packetSize]))
+		if f.pos-f.base > maxFrame && f.done == f.base {
+			f.done, f.lead, f.leadPAT = f.pos, f.pos, false
+			f.tail = frameStart{seen: f.openPIDs > 0}
+			f.flush()
+		}
+	}
+}
+
+// hunt looks for packets from pos on, and drops what comes before them. A
+// body that ends early may be shorter, if it is packets from its first byte.
+func (f *framer) hunt(end bool) bool {
+	want := lockAfter
+	if f.everLocked {
+		want = relockWith
+	}
+	for ; f.pos < len(f.buf); f.pos++ {
+		n := 0
+		for n < want && f.pos+n*packetSize < len(f.buf) && f.buf[f.pos+n*packetSize] == syncByte {
+			n++
+		}
+		ran := n > 0 && f.pos+n*packetSize >= len(f.buf) // what is here fits
+		if n == want || end && ran && f.pos == 0 && len(f.buf) >= packetSize {
+			f.locked, f.everLocked = true, true
+			f.drop()
+			return true
+		}
+		if ran && !end {
+			break
+		}
+	}
+	if f.everLocked {
+		f.drop()
+	}
+	return false
+}
+
+// drop forgets the bytes before pos.
+func (f *framer) drop() {
+	f.base, f.done, f.lead = f.pos, f.pos, f.pos
+}
+
+// unlock gives up what is not whole: synchronisation is lost at pos.
+func (f *framer) unlock() {
+	f.flush()
+	f.locked = false
+	f.lost = true
+	f.resyncs++
+	f.drop()
+	f.head, f.tail, f.leadPAT = frameStart{}, frameStart{}, false
+	f.openPIDs = 0
+	for i := range f.pids {
+		f.pids[i].begun, f.pids[i].open = false, false
+	}
+}
+
+// state returns the state of a PID; nil when there are too many of them.
+func (f *framer) state(pid uint16) *pidState {
+	if f.index[pid] == 0 {
+		if len(f.pids) > 255 {
+			return nil
+		}
+		f.pids = append(f.pids, pidState{cc: -1, es: f.psi.program.find(pid) != nil})
+		f.index[pid] = uint8(len(f.pids) - 1)
+	}
+	return &f.pids[f.index[pid]]
+}
+
+// packet looks at the packet at pos and moves past it.
+func (f *framer) packet(p packet) {
+	pid, payload := p.pid(), p.payload()
+	if p.damaged() || pid == nullPID || payload == nil {
+		f.pos += packetSize
+		return
+	}
+	if f.psi.add(p) {
+		f.rawPSI = nil
+		f.leadPAT = f.leadPAT || pid == patPID
+		f.pos += packetSize
+		if f.psi.program != nil {
+			f.follow(f.psi.program)
+		}
+		return
+	}
+	s := f.state(pid)
+	if s == nil {
+		f.pos += packetSize
+		return
+	}
+	if p.unitStart() {
+		id, size, ok := pesStart(payload)
+		s.begun = true
+		s.es = s.es || ok
+		if ok && f.psi.program == nil && f.video < 0 && isVideoID(id) {
+			f.video = int(pid)
+		}
+		if s.es {
+			f.begin(s, int(pid) == f.video, p.randomAccess())
+			s.left = size
+		}
+	}
+	switch {
+	case !s.begun: // the end of something that began before the first bytes
+		f.discard()
+		return
+	case !s.es, // sections of a table that is not ours to know
+		!s.open && p.continuity() == s.cc: // ISO 13818-1 2.4.3.3: a packet may be sent twice
+		f.pos += packetSize
+		return
+	case !s.open: // it went on after its end
+		s.fills = s.fills || s.stuffed
+		s.open = true
+		f.openPIDs++
+		f.head.seen, f.tail.seen = true, true
+	}
+	f.pos += packetSize
+	f.lead, f.leadPAT = f.pos, false
+	f.account(s, p, len(payload))
+}
+
+// follow makes the program map in force.
+func (f *framer) follow(g *program) {
+	f.video = -1
+	for _, t := range g.tracks {
+		if t.video() && f.video < 0 {
+			f.video = int(t.pid)
+		}
+		if i := f.index[t.pid]; i != 0 {
+			f.pids[i].es = true
+		}
+	}
+}
+
+// begin starts a PES at pos. Where a chunk may end, buf[:lead] is then done.
+func (f *framer) begin(s *pidState, video, randomAccess bool) {
+	if s.open {
+		s.open = false
+		f.openPIDs--
+	}
+	if (video || f.openPIDs == 0) && f.head.seen && f.lead > f.done {
+		f.done, f.tail = f.lead, frameStart{}
+	}
+	first := frameStart{seen: true, begins: true, key: video && randomAccess, pat: f.leadPAT, program: f.psi.program}
+	if f.done == f.lead && f.done > f.base && (first.key || first.program != f.head.program) {
+		f.flush()
+	}
+	if !f.tail.seen {
+		f.tail = first
+	}
+	if !f.head.seen {
+		f.head = first
+	}
+	s.open = true
+	f.openPIDs++
+}
+
+// account counts n bytes of payload, and ends the PES where they end it.
+func (f *framer) account(s *pidState, p packet, n int) {
+	cc := p.continuity()
+	if cc == s.cc && !p.unitStart() {
+		return // sent twice
+	}
+	s.cc = cc
+	s.stuffed = false
+	if s.left > 0 {
+		if s.left -= n; s.left > 0 {
+			return
+		}
+		s.left = 0
+	} else if s.stuffed = !s.fills && p.stuffed(); !s.stuffed {
+		return
+	}
+	s.open = false
+	if f.openPIDs--; f.openPIDs == 0 {
+		f.done, f.tail = f.pos, frameStart{}
+	}
+}
+
+// discard takes the packet at pos out.
+func (f *framer) discard() {
+	if f.base == f.pos {
+		f.pos += packetSize
+		f.drop()
+		return
+	}
+	f.buf = append(f.buf[:f.pos], f.buf[f.pos+packetSize:]...)
+}
+
+// flush emits buf[base:done].
+func (f *framer) flush() {
+	if f.done == f.base {
+		return
+	}
+	if f.rawPSI == nil {
+		f.rawPSI = f.psi.raw()
+	}
+	f.emit(newMessage(f.buf[f.base:f.done], f.at, chunkInfo{
+		key: f.head.key, start: f.head.begins, hasVideo: f.video >= 0,
+		lead: f.head.pat, psi: f.rawPSI, program: f.head.program, lost: f.lost,
+	}))
+	f.lost = false
+	f.base, f.head = f.done, f.tail
+}
+
+// publisher is one body or connection that feeds a feed.
+type publisher struct {
+	interrupt func() // makes the read in progress fail, and every later one
+	replaced  atomic.Bool
+}
+
+// replace ends the publisher: a newer one has its feed. Does not block.
+func (p *publisher) replace() {
+	p.replaced.Store(true)
+	p.interrupt()
+}
+
+// publish reads r until it ends, and publishes what it carries as the feed of
+// that name from its first whole frame on. nil means the proper end; else errNotTS, errReplaced or what the
+// reader said.
+func (x *mux) publish(name string, p *publisher, r io.Reader) error {
+	var f *feed
+	fr := newFramer(func(m *message) {
+		if f == nil { // it has shown that it is MPEG-TS: now it may take over
+			f = x.attach(name, p)
+			m.first = true
+		}
+		f.publish(p, m)
+	})
+	defer func() {
+		if f != nil {
+			x.detach(f, p)
+		}
+	}()
+	for {
+		err := fr.read(r)
+		switch {
+		case p.replaced.Load():
+			return errReplaced
+		case err == io.EOF:
+			return nil
+		case err == errNotTS:
+			return fmt.Errorf("%w: no %d packets of 188 bytes that begin with 0x47 in its first %d bytes", errNotTS, lockAfter, len(fr.buf))
+		case err != nil:
+			return err
+		}
+	}
+}

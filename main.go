@@ -1,0 +1,301 @@
+// Command vw sends video over websockets: ffmpeg posts MPEG-TS to it, and it
+// sends that on to remote relays, by rules that change while it runs.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"runtime/pprof"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+const usage = `vw sends video over websockets, for remote laboratories.
+
+	vw stream     run: take feeds on /ts, rules on /api, send to relays
+	vw version    print the version
+	vw help       print this
+
+Settings come from the environment:
+
+`
+
+func main() {
+	os.Exit(run(context.Background(), os.Args[1:], os.Environ(), os.Stdout, os.Stderr))
+}
+
+// run is the program; it returns its exit status. It may be called from tests.
+func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int {
+	switch {
+	case len(args) == 1 && args[0] == "stream":
+	case len(args) == 1 && args[0] == "version":
+		fmt.Fprintln(stdout, "vw", version())
+		return 0
+	case len(args) == 1 && (args[0] == "help" || args[0] == "-h" || args[0] == "--help"):
+		fmt.Fprint(stdout, usage, settingsHelp())
+		return 0
+	default:
+		fmt.Fprintf(stderr, "vw: %q: the command must be stream, version or help\n", strings.Join(args, " "))
+		return 2
+	}
+	set, warnings, err := readSettings(env)
+	if err != nil {
+		fmt.Fprintln(stderr, "vw:", err)
+		return 2
+	}
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: set.logLevel}))
+	for _, w := range warnings {
+		log.Warn(w)
+	}
+	if set.cpuProfile != "" {
+		stop, err := profile(set.cpuProfile)
+		if err != nil {
+			fmt.Fprintln(stderr, "vw: VW_CPUPROFILE:", err)
+			return 2
+		}
+		defer stop()
+	}
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	defer context.AfterFunc(ctx, stop)() // a second signal ends the program at once
+	if err := serve(ctx, set, log); err != nil {
+		log.Error("vw ends", "err", err)
+		return 1
+	}
+	return 0
+}
+
+// version is what go build knows of the source.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	v := info.Main.Version
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" && v == "(devel)" {
+			v = s.Value
+		}
+	}
+	return v + " " + info.GoVersion
+}
+
+// profile writes a CPU profile of 30 s, or until stop.
+func profile(name string) (stop func(), err error) {
+	f, err := os.Create(name)
+	if err != nil {
+		return nil, err
+	}
+	if err := pprof.StartCPUProfile(f); err != nil {
+		f.Close()
+		return nil, err
+	}
+	end := func() {
+		pprof.StopCPUProfile()
+		f.Close()
+	}
+	t := time.AfterFunc(30*time.Second, end)
+	return func() {
+		if t.Stop() {
+			end()
+		}
+	}, nil
+}
+
+// errShutdown ends everything that runs.
+var errShutdown = errors.New("vw is shutting down")
+
+// serve runs vw until ctx is done; then it ends within 5 s, whatever relays,
+// publishers and callers do.
+func serve(ctx context.Context, set settings, log *slog.Logger) error {
+	listeners, err := listen(set.host, set.port)
+	if err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	work, end := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer end(nil)
+	r := newRules(work, newMux(), set.maxLag, log)
+	s := newServer(work, r, set.token, log)
+	h := &http.Server{
+		Handler:           s,
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    32 << 10,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	for _, l := range listeners {
+		log.Info("listening", "addr", l.Addr().String())
+		g.Go(func() error {
+			if err := h.Serve(l); err != http.ErrServerClosed {
+				return err
+			}
+			return nil
+		})
+	}
+	g.Go(func() error {
+		<-ctx.Done()
+		end(errShutdown)
+		soon, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Second)
+		defer cancel()
+		if err := h.Shutdown(soon); err != nil {
+			h.Close()
+		}
+		s.tasks.Wait()
+		r.tasks.Wait()
+		return nil
+	})
+	return g.Wait()
+}
+
+// listen opens the port on an address; "" means both loopback addresses, or
+// the one that this machine has.
+func listen(host string, port int) (all []net.Listener, err error) {
+	config := net.ListenConfig{Control: limitUnsent}
+	hosts := []string{host}
+	if host == "" {
+		hosts = []string{"127.0.0.1", "::1"}
+	}
+	for _, h := range hosts {
+		l, e := config.Listen(context.Background(), "tcp", net.JoinHostPort(h, strconv.Itoa(port)))
+		if e != nil {
+			if h == "::1" && len(all) > 0 && !errors.Is(e, syscall.EADDRINUSE) {
+				continue // no IPv6 here
+			}
+			for _, l := range all {
+				l.Close()
+			}
+			return nil, e
+		}
+		port = l.Addr().(*net.TCPAddr).Port
+		all = append(all, l)
+	}
+	return all, nil
+}
+
+// settings are what the environment says.
+type settings struct {
+	host       string // "": both loopback addresses
+	port       int    // 0: any that is free
+	logLevel   slog.Level
+	token      string
+	maxLag     time.Duration
+	cpuProfile string
+}
+
+// variable is one setting: its names, its help, and how it is read.
+type variable struct {
+	name, also, unset, help string
+	read                    func(s *settings, value string) (allowed string, ok bool)
+}
+
+var variables = []variable{
+	{"VW_PORT", "", "8888", "port to listen on; 0: any that is free", func(s *settings, v string) (string, bool) {
+		n, err := strconv.ParseUint(v, 10, 16)
+		s.port = int(n)
+		return "a port from 0 to 65535", err == nil
+	}},
+	{"VW_HOST", "", "loopback", "address to listen on", func(s *settings, v string) (string, bool) {
+		s.host = v
+		return "an address or a host name", !strings.ContainsFunc(v, func(r rune) bool { return r <= ' ' || r >= 0x7f || r == '/' })
+	}},
+	{"VW_LOGLEVEL", "VW_LOG_LEVEL", "info", "error, warn, info or debug", func(s *settings, v string) (string, bool) {
+		level, ok := map[string]slog.Level{
+			"panic": slog.LevelError, "fatal": slog.LevelError, "error": slog.LevelError,
+			"warn": slog.LevelWarn, "warning": slog.LevelWarn, "info": slog.LevelInfo,
+			"debug": slog.LevelDebug, "trace": slog.LevelDebug,
+		}[strings.ToLower(v)]
+		s.logLevel = level
+		return "one of panic, fatal, error, warn, info, debug, trace", ok
+	}},
+	{"VW_TOKEN", "", "none", "what peers that are not loopback must present", func(s *settings, v string) (string, bool) {
+		s.token = v
+		return "", true
+	}},
+	{"VW_MAXLAG", "", "500ms", "age at which queued video is dropped", func(s *settings, v string) (string, bool) {
+		d, err := time.ParseDuration(v)
+		s.maxLag = d
+		return "a duration from 10ms to 1m, such as 500ms", err == nil && 10*time.Millisecond <= d && d <= time.Minute
+	}},
+	{"VW_CPUPROFILE", "", "none", "file for a CPU profile of 30 s", func(s *settings, v string) (string, bool) {
+		s.cpuProfile = v
+		return "", true
+	}},
+}
+
+func settingsHelp() string {
+	var b strings.Builder
+	for _, v := range variables {
+		fmt.Fprintf(&b, "\t%-14s %s (default: %s)\n", v.name, v.help, v.unset)
+	}
+	return b.String()
+}
+
+// readSettings reads the environment: "NAME=value" each; an empty value is as
+// good as none. An error names the variable, the value and what is allowed.
+func readSettings(env []string) (settings, []string, error) {
+	s := settings{port: 8888, maxLag: 500 * time.Millisecond}
+	var warnings []string
+	for _, e := range env {
+		name, value, _ := strings.Cut(e, "=")
+		if !strings.HasPrefix(name, "VW_") || value == "" {
+			continue
+		}
+		i := slices.IndexFunc(variables, func(v variable) bool { return name == v.name || name == v.also })
+		if i < 0 {
+			warnings = append(warnings, fmt.Sprintf("%s is not a setting; did you mean %s?", strconv.QuoteToASCII(name), nearest(name)))
+			continue
+		}
+		if allowed, ok := variables[i].read(&s, value); !ok {
+			return s, nil, fmt.Errorf("%s=%q: it must be %s", name, value, allowed)
+		}
+	}
+	return s, warnings, nil
+}
+
+// nearest returns the variable whose name is fewest edits away.
+func nearest(name string) string {
+	best, least := "", 1<<30
+	for _, v := range variables {
+		for _, known := range []string{v.name, v.also} {
+			if d := edits(name, known); known != "" && d < least {
+				best, least = v.name, d
+			}
+		}
+	}
+	return best
+}
+
+// edits is the Levenshtein distance of two names.
+func edits(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		corner := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := corner
+			if a[i] != b[j] {
+				cost = 1 + min(corner, row[j], row[j+1])
+			}
+			corner, row[j+1] = row[j+1], cost
+		}
+	}
+	return row[len(b)]
+}

@@ -1,0 +1,300 @@
+// ISO 13818-1 on 188-byte packets: headers, program specific information and
+// its CRC. Nothing here does I/O or keeps time, and nothing trusts its input:
+// every accessor is defined for any 188 bytes.
+
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+)
+
+const (
+	packetSize = 188
+	syncByte   = 0x47
+	patPID     = 0x0000
+	nullPID    = 0x1fff
+)
+
+// packet is one transport packet of 188 bytes. ISO 13818-1 2.4.3.2.
+type packet []byte
+
+func (p packet) pid() uint16     { return binary.BigEndian.Uint16(p[1:]) & 0x1fff }
+func (p packet) damaged() bool   { return p[1]&0x80 != 0 } // transport_error_indicator
+func (p packet) unitStart() bool { return p[1]&0x40 != 0 } // payload_unit_start_indicator
+func (p packet) scrambled() bool { return p[3]&0xc0 != 0 } // transport_scrambling_control
+func (p packet) continuity() int { return int(p[3] & 0x0f) }
+
+// adaptation returns the adaptation field after its length byte; nil without
+// one, and when its length does not fit the packet. ISO 13818-1 2.4.3.4.
+func (p packet) adaptation() []byte {
+	if p[3]&0x20 == 0 || int(p[4]) > packetSize-5 {
+		return nil
+	}
+	return p[5 : 5+int(p[4])]
+}
+
+// payload returns the bytes after the header and the adaptation field; nil
+// when there are none.
+func (p packet) payload() []byte {
+	at := 4
+	if p[3]&0x20 != 0 {
+		at = 5 + int(p[4])
+	}
+	if p[3]&0x10 == 0 || at >= packetSize {
+		return nil
+	}
+	return p[at:]
+}
+
+// randomAccess tells whether random_access_indicator is set.
+func (p packet) randomAccess() bool {
+	a := p.adaptation()
+	return len(a) > 0 && a[0]&0x40 != 0
+}
+
+// stuffed tells whether the adaptation field holds stuffing: the sign of a
+// packet whose payload did not fill it, which is the last one of a PES.
+// ISO 13818-1 2.4.3.5.
+func (p packet) stuffed() bool {
+	if p[3]&0x20 == 0 {
+		return false
+	}
+	a := p.adaptation()
+	if len(a) == 0 {
+		return p[4] == 0 // a length of 0 is one byte of stuffing
+	}
+	used := 1
+	for _, f := range [...]struct{ flag, bytes byte }{{0x10, 6}, {0x08, 6}, {0x04, 1}} {
+		if a[0]&f.flag != 0 { // PCR, OPCR, splice_countdown
+			used += int(f.bytes)
+		}
+	}
+	for _, flag := range [...]byte{0x02, 0x01} { // private data, extension
+		if a[0]&flag != 0 && used < len(a) {
+			used += 1 + int(a[used])
+		}
+	}
+	return used < len(a)
+}
+
+// pesStart looks at the first payload of a PES packet: its stream_id, and how
+// many bytes the whole PES packet has, 0 when it does not say.
+// ISO 13818-1 2.4.3.6.
+func pesStart(payload []byte) (streamID byte, size int, ok bool) {
+	if len(payload) < 4 || payload[0] != 0 || payload[1] != 0 || payload[2] != 1 {
+		return 0, 0, false
+	}
+	if len(payload) >= 6 {
+		if size = int(binary.BigEndian.Uint16(payload[4:])); size > 0 {
+			size += 6
+		}
+	}
+	return payload[3], size, true
+}
+
+// isVideoID tells whether a PES stream_id means video. ISO 13818-1 table 2-22.
+func isVideoID(streamID byte) bool { return streamID&0xf0 == 0xe0 }
+
+// track is one elementary stream of a program map. Immutable.
+type track struct {
+	pid         uint16
+	streamType  byte
+	descriptors []byte
+}
+
+// video tells whether the stream_type means video. ISO 13818-1 table 2-34,
+// and the assignments of SMPTE-RA for VC-1 (0xea) and Dirac (0xd1).
+func (t track) video() bool {
+	switch t.streamType {
+	case 0x01, 0x02, 0x10, 0x1b, 0x1e, 0x1f, 0x20, 0x21, 0x24, 0x32, 0x33, 0x34, 0x42, 0xd1, 0xd2, 0xea:
+		return true
+	}
+	return false
+}
+
+// program is one parsed program map. Immutable; two feeds never share one.
+type program struct {
+	section     []byte // as it came
+	pcrPID      uint16
+	descriptors []byte
+	tracks      []track
+}
+
+// find returns the track on a PID; nil without one, and for a nil program.
+func (g *program) find(pid uint16) *track {
+	if g != nil {
+		for i := range g.tracks {
+			if g.tracks[i].pid == pid {
+				return &g.tracks[i]
+			}
+		}
+	}
+	return nil
+}
+
+// psi follows the program association and the map of the first program.
+// Owned by one goroutine. ISO 13818-1 2.4.4.
+type psi struct {
+	pmtPID  uint16   // 0 until a PAT was read
+	program *program // nil until its map was read
+
+	pat, pmt sections
+}
+
+// add reads a packet of PSI and reports whether its PID carries any.
+func (s *psi) add(p packet) bool {
+	switch pid := p.pid(); {
+	case pid == patPID:
+		s.pat.add(p, s.association)
+		return true
+	case pid == s.pmtPID && pid != 0:
+		s.pmt.add(p, s.programMap)
+		return true
+	default:
+		return false
+	}
+}
+
+// raw returns the packets of the last PAT and PMT as they came, nil until
+// both are whole.
+func (s *psi) raw() []byte {
+	if s.pat.last == nil || s.pmt.last == nil {
+		return nil
+	}
+	return bytes.Join([][]byte{s.pat.last, s.pmt.last}, nil)
+}
+
+// association reads a section of the PAT. ISO 13818-1 2.4.4.3.
+func (s *psi) association(b []byte) bool {
+	if b[0] != 0x00 || len(b) < 12 || b[5]&1 == 0 {
+		return false
+	}
+	for e := b[8 : len(b)-4]; len(e) >= 4; e = e[4:] {
+		if number := binary.BigEndian.Uint16(e); number == 0 {
+			continue // network_PID
+		}
+		pid := binary.BigEndian.Uint16(e[2:]) & 0x1fff
+		if pid != s.pmtPID && pid != patPID && pid != nullPID {
+			s.pmtPID, s.pmt = pid, sections{}
+		}
+		return true
+	}
+	return false
+}
+
+// programMap reads a section of the PMT. ISO 13818-1 2.4.4.8.
+func (s *psi) programMap(b []byte) bool {
+	if b[0] != 0x02 || len(b) < 16 || b[5]&1 == 0 {
+		return false
+	}
+	if s.program != nil && bytes.Equal(s.program.section, b) {
+		return true
+	}
+	b = bytes.Clone(b)
+	g := &program{section: b, pcrPID: binary.BigEndian.Uint16(b[8:]) & 0x1fff}
+	end := len(b) - 4
+	at := 12 + int(binary.BigEndian.Uint16(b[10:])&0x0fff)
+	if at > end {
+		return false
+	}
+	g.descriptors = b[12:at]
+	for at+5 <= end {
+		info := at + 5 + int(binary.BigEndian.Uint16(b[at+3:])&0x0fff)
+		if info > end {
+			return false
+		}
+		t := track{binary.BigEndian.Uint16(b[at+1:]) & 0x1fff, b[at], b[at+5 : info]}
+		if t.pid != patPID && t.pid != nullPID && t.pid != s.pmtPID && g.find(t.pid) == nil {
+			g.tracks = append(g.tracks, t)
+		}
+		at = info
+	}
+	s.program = g
+	return true
+}
+
+// sections puts the sections of one PID together. ISO 13818-1 2.4.4.1.
+type sections struct {
+	buf     []byte // the section that is not whole yet
+	packets []byte // the packets that it came in
+	cc      int    // continuity counter of the last of them
+	last    []byte // the packets of the last section that was taken, as they came
+}
+
+const maxSection = 1024 // bytes; section_length is at most 1021. ISO 13818-1 2.4.4.5
+
+// add takes one packet, and calls take with each whole section whose CRC is
+// right. The section is only valid during the call. take reports whether it
+// was the one looked for, whose packets are then kept in last.
+func (s *sections) add(p packet, take func([]byte) bool) {
+	b := p.payload()
+	if len(b) == 0 || p.damaged() || p.scrambled() {
+		return
+	}
+	fresh := []byte(nil)
+	if p.unitStart() {
+		pointer := 1 + int(b[0])
+		if pointer > len(b) {
+			s.buf = s.buf[:0]
+			return
+		}
+		b, fresh = b[1:pointer], b[pointer:]
+	} else if len(s.buf) > 0 && p.continuity() != (s.cc+1)&15 {
+		if p.continuity() == s.cc {
+			return // ISO 13818-1 2.4.3.3: a packet may be sent twice
+		}
+		s.buf = s.buf[:0] // lost one: wait for the next start
+	}
+	s.cc = p.continuity()
+	if len(s.buf) > 0 {
+		s.buf = append(s.buf, b...)
+		s.packets = append(s.packets, p...)
+		s.drain(take)
+	}
+	if len(fresh) > 0 {
+		s.buf = append(s.buf[:0], fresh...)
+		s.packets = append(s.packets[:0], p...)
+		s.drain(take)
+	}
+}
+
+func (s *sections) drain(take func([]byte) bool) {
+	for len(s.buf) >= 3 && s.buf[0] != 0xff { // 0xff: stuffing to the end
+		n := 3 + int(binary.BigEndian.Uint16(s.buf[1:])&0x0fff)
+		if n > maxSection || n < 12 {
+			break
+		}
+		if len(s.buf) < n {
+			return
+		}
+		if crc32MPEG(s.buf[:n]) == 0 && take(s.buf[:n]) {
+			s.last = bytes.Clone(s.packets)
+		}
+		s.buf = s.buf[:copy(s.buf, s.buf[n:])]
+	}
+	if len(s.buf) >= 3 || len(s.buf) > 0 && s.buf[0] == 0xff {
+		s.buf = s.buf[:0]
+	}
+}
+
+var crcTable = func() (t [256]uint32) {
+	for i := range t {
+		c := uint32(i) << 24
+		for range 8 {
+			c = c<<1 ^ 0x04c11db7*(c>>31)
+		}
+		t[i] = c
+	}
+	return t
+}()
+
+// crc32MPEG is the CRC of ISO 13818-1 annex A; 0 over a section that ends in
+// its right CRC. (hash/crc32 has the reflected form only.)
+func crc32MPEG(b []byte) uint32 {
+	c := ^uint32(0)
+	for _, v := range b {
+		c = c<<8 ^ crcTable[byte(c>>24)^v]
+	}
+	return c
+}

@@ -1,0 +1,669 @@
+// Feeds, streams and their subscribers: the fan-out of messages.
+//
+// The rules: publishing never blocks, does I/O or logs (I2). Locks are taken
+// in the order mux, feed, stream, subscriber, and cover walks and queue
+// operations only. A message is immutable once it is published (I1).
+
+package main
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// form is how a message looks on the wire.
+type form int
+
+const (
+	raw    form = iota // packets alone, for GET /ts
+	bare               // an unmasked frame, from server to client. RFC 6455 5.1
+	masked             // a masked frame, from client to server
+)
+
+// message is a chunk of one feed, or PSI of a stream, as one binary websocket
+// message. Immutable but for the masked form, which is made once when it is
+// first asked for; every method may be called from several goroutines.
+type message struct {
+	feed  *feed     // nil: PSI of a stream, which passes every gate
+	at    time.Time // when its last byte arrived
+	first bool      // the first of its publisher
+	info  chunkInfo
+
+	frame []byte // header and payload of the bare form
+	size  int    // bytes of payload
+
+	once   sync.Once
+	masked []byte
+}
+
+const maxHeader = 14 // bytes. RFC 6455 5.2
+
+// newMessage copies payload.
+func newMessage(payload []byte, at time.Time, info chunkInfo) *message {
+	b := appendHeader(make([]byte, 0, maxHeader+len(payload)), opBinary, len(payload), nil)
+	return &message{at: at, info: info, frame: append(b, payload...), size: len(payload)}
+}
+
+func (m *message) payload() []byte { return m.frame[len(m.frame)-m.size:] }
+
+// wire returns the bytes that a reader of form f gets.
+func (m *message) wire(f form) []byte {
+	switch f {
+	case raw:
+		return m.payload()
+	case bare:
+		return m.frame
+	}
+	m.once.Do(func() {
+		m.masked = appendFrame(make([]byte, 0, maxHeader+m.size), opBinary, m.payload(), true)
+	})
+	return m.masked
+}
+
+// Opcodes. RFC 6455 5.2.
+const (
+	opBinary = 0x2
+	opClose  = 0x8
+	opPing   = 0x9
+)
+
+// appendHeader appends the header of a final frame of n bytes; key is its
+// masking key, nil for none. RFC 6455 5.2.
+func appendHeader(b []byte, opcode byte, n int, key []byte) []byte {
+	var mask byte
+	if key != nil {
+		mask = 0x80
+	}
+	b = append(b, 0x80|opcode)
+	switch {
+	case n <= 125:
+		b = append(b, mask|byte(n))
+	case n <= 0xffff:
+		b = binary.BigEndian.AppendUint16(append(b, mask|126), uint16(n))
+	default:
+		b = binary.BigEndian.AppendUint64(append(b, mask|127), uint64(n))
+	}
+	return append(b, key...)
+}
+
+// appendFrame appends a whole frame, masked with a fresh key where it must be.
+// RFC 6455 5.3.
+func appendFrame(b []byte, opcode byte, payload []byte, mask bool) []byte {
+	if !mask {
+		return append(appendHeader(b, opcode, len(payload), nil), payload...)
+	}
+	var key [8]byte
+	rand.Read(key[:4])
+	copy(key[4:], key[:4])
+	b = appendHeader(b, opcode, len(payload), key[:4])
+	word := binary.NativeEndian.Uint64(key[:])
+	for ; len(payload) >= 8; payload = payload[8:] {
+		b = binary.NativeEndian.AppendUint64(b, binary.NativeEndian.Uint64(payload)^word)
+	}
+	for i, v := range payload {
+		b = append(b, v^key[i])
+	}
+	return b
+}
+
+// wireSize is len(wire(f)), without making it.
+func (m *message) wireSize(f form) int {
+	switch f {
+	case raw:
+		return m.size
+	case bare:
+		return len(m.frame)
+	}
+	return len(m.frame) + 4
+}
+
+// cause is why a message was dropped.
+type cause int
+
+const (
+	kept      cause = iota
+	dropGate        // waiting for a keyframe
+	dropLag         // older than VW_MAXLAG
+	dropBytes       // more than maxQueue behind
+	dropMuted       // its feed was taken out of the stream
+	dropEnd         // still queued when its reader ended
+	causes
+)
+
+// counters hold I7: published = delivered + dropped + queued, in messages.
+// Their zero value is ready; they are guarded by whoever holds them.
+type counters struct {
+	published, delivered, bytes uint64
+	dropped                     [causes]uint64
+}
+
+func (c *counters) add(d counters) {
+	c.published += d.published
+	c.delivered += d.delivered
+	c.bytes += d.bytes
+	for i := range d.dropped {
+		c.dropped[i] += d.dropped[i]
+	}
+}
+
+const (
+	maxQueue   = 16 << 20 // bytes queued for one reader
+	noKeyframe = 5 * time.Second
+)
+
+// item is a message in a queue. dead is set while a write that holds it is
+// in progress: it goes if the write did not begin it.
+type item struct {
+	*message
+	dead bool
+}
+
+// gate tells whether messages of one feed pass to one reader (I5).
+type gate struct {
+	open  bool
+	since time.Time // when it closed
+}
+
+// opens tells whether m may be the first of its feed after a gap.
+func (g *gate) opens(m *message) bool {
+	return m.info.key || m.info.start && (!m.info.hasVideo || m.at.Sub(g.since) > noKeyframe)
+}
+
+// subscriber is the queue between a feed or stream and one reader, bounded in
+// age and bytes (I5). Publishers call offer, rule changes mute and drain, and
+// the reader's one goroutine the rest. It has no end of its own: the reader
+// leaves the mux, then calls end.
+type subscriber struct {
+	form      form
+	maxAge    time.Duration
+	interrupt func()        // makes the write in progress return; nil: nothing does
+	live      func()        // called, under mu, when a viewer could begin to watch; nil: nobody asks
+	ready     chan struct{} // holds a token when there is something to take
+
+	mu       sync.Mutex
+	items    []item
+	bytes    int // payload in items
+	begun    int // bytes of items[0] that are written
+	inFlight int // how many of items the write in progress holds
+	gates    map[*feed]*gate
+	waiting  []chan struct{} // closed when the write in progress is over
+	stopped  bool            // mute interrupted the write in progress
+	draining bool            // takes nothing new
+	lagged   uint64          // dropped since the reader last kept up
+	counters counters
+}
+
+func newSubscriber(f form, maxAge time.Duration) *subscriber {
+	return &subscriber{form: f, maxAge: maxAge, ready: make(chan struct{}, 1), gates: make(map[*feed]*gate)}
+}
+
+// offer queues m, or drops it and counts why. It does not block (I2).
+func (s *subscriber) offer(m *message) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.draining {
+		return
+	}
+	s.counters.published++
+	if m.feed != nil && !s.passes(m) {
+		s.counters.dropped[dropGate]++
+		return
+	}
+	s.push(m)
+	s.trim(m.at)
+	s.wake()
+}
+
+// passes works the gate of m's feed; the one that opens it has the last PSI
+// of the feed before it.
+func (s *subscriber) passes(m *message) bool {
+	g := s.gates[m.feed]
+	if g == nil || m.first && g.open {
+		g = &gate{since: m.at}
+		s.gates[m.feed] = g
+	}
+	if !g.open && g.opens(m) {
+		g.open = true
+		if psi := m.info.psi; !m.info.lead && len(psi) > 0 {
+			s.counters.published++
+			s.push(newMessage(psi, m.at, chunkInfo{}))
+		}
+	}
+	return g.open
+}
+
+func (s *subscriber) push(m *message) {
+	s.items = append(s.items, item{message: m})
+	s.bytes += m.size
+}
+
+func (s *subscriber) wake() {
+	select {
+	case s.ready <- struct{}{}:
+	default:
+	}
+}
+
+// free is the index of the first item that may be dropped: those in the hands
+// of a write, and one that is begun, may not.
+func (s *subscriber) free() int {
+	if s.inFlight == 0 && s.begun > 0 {
+		return 1
+	}
+	return s.inFlight
+}
+
+// remove takes out each item from index lo on for which why says so.
+func (s *subscriber) remove(lo int, why func(item) cause) {
+	rest := s.items[:lo]
+	for _, it := range s.items[lo:] {
+		if c := why(it); c == kept {
+			rest = append(rest, it)
+		} else {
+			s.counters.dropped[c]++
+			s.bytes -= it.size
+		}
+	}
+	clear(s.items[len(rest):])
+	s.items = rest
+}
+
+// trim drops what is too old or too much, and what a decoder can't use
+// without it: up to the feed's next keyframe, in the queue or yet to come.
+func (s *subscriber) trim(now time.Time) {
+	lo := s.free()
+	if lo == len(s.items) || now.Sub(s.items[lo].at) <= s.maxAge && s.bytes <= maxQueue {
+		return
+	}
+	most := maxQueue
+	if s.bytes > maxQueue {
+		most = maxQueue / 2
+	}
+	cut := make(map[*feed]*gate) // feeds that lost a message, until a later one opens them again
+	s.remove(lo, func(it item) cause {
+		why, g := kept, cut[it.feed]
+		switch {
+		case now.Sub(it.at) > s.maxAge:
+			why = dropLag
+		case s.bytes > most:
+			why = dropBytes
+		case g != nil && !g.opens(it.message):
+			why = dropGate
+		}
+		if why == kept {
+			delete(cut, it.feed)
+			return kept
+		}
+		s.lagged++
+		if g == nil && it.feed != nil {
+			cut[it.feed] = &gate{since: it.at}
+		}
+		return why
+	})
+	for f, g := range cut {
+		if s.gates[f] != nil { // not muted in the meantime
+			s.gates[f] = g
+		}
+	}
+}
+
+// take appends to b what to write next, and keeps it in flight until wrote:
+// whole messages of at most limit bytes together. When the first alone is
+// longer it is that one, cut at limit if cut is set.
+func (s *subscriber) take(b [][]byte, limit int, cut bool) [][]byte {
+	s.mu.Lock()
+	s.trim(time.Now())
+	begun, room := s.begun, limit+s.begun
+	for _, it := range s.items {
+		if room -= it.wireSize(s.form); room < 0 && s.inFlight > 0 {
+			break
+		}
+		s.inFlight++
+	}
+	// The items in flight stay as they are, but for dead, until wrote.
+	batch := s.items[:s.inFlight]
+	s.mu.Unlock()
+	for i := range batch {
+		b = append(b, batch[i].message.wire(s.form)[begun:])
+		begun = 0
+	}
+	if cut && len(b) > 0 && len(b[0]) > limit {
+		b[0] = b[0][:limit]
+	}
+	return b
+}
+
+// progress is what wrote has to say.
+type progress struct {
+	stopped bool   // mute interrupted the write
+	partial bool   // a message is begun and not whole
+	lagged  uint64 // messages dropped behind a reader that has now caught up
+}
+
+// wrote ends the write of what take gave, n bytes of which were written.
+func (s *subscriber) wrote(n int) progress {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n += s.begun
+	done := 0
+	for _, it := range s.items[:s.inFlight] {
+		size := it.wireSize(s.form)
+		if n < size {
+			break
+		}
+		n -= size
+		done++
+		s.bytes -= it.size
+		s.counters.delivered++
+		s.counters.bytes += uint64(it.size)
+		if s.live != nil && (it.info.key || it.info.start && !it.info.hasVideo) {
+			s.live()
+		}
+	}
+	s.begun, s.inFlight = n, 0
+	s.items = slices.Delete(s.items, 0, done)
+	if s.waiting != nil {
+		s.remove(s.free(), func(it item) cause {
+			if it.dead {
+				return dropMuted
+			}
+			return kept
+		})
+		s.giveWord()
+	}
+	p := progress{stopped: s.stopped, partial: s.begun > 0}
+	s.stopped = false
+	if len(s.items) > 0 {
+		s.wake()
+	} else {
+		p.lagged, s.lagged = s.lagged, 0
+	}
+	return p
+}
+
+// mute drops what is queued of a feed, and interrupts the write in progress
+// if that holds some. When the channel it returns is closed, or at once when
+// that is nil, no message of the feed will be begun (I6). The caller holds
+// what keeps new ones from being offered.
+func (s *subscriber) mute(f *feed) <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.gates, f)
+	s.remove(s.free(), func(it item) cause {
+		if it.feed == f {
+			return dropMuted
+		}
+		return kept
+	})
+	held := false
+	for i := range s.items[:s.inFlight] {
+		if s.items[i].feed == f {
+			s.items[i].dead, held = true, true
+		}
+	}
+	if !held {
+		return nil
+	}
+	word := make(chan struct{})
+	s.waiting = append(s.waiting, word)
+	if s.interrupt != nil {
+		s.stopped = true
+		s.interrupt()
+	}
+	return word
+}
+
+// giveWord tells those who wait that no write is in progress.
+func (s *subscriber) giveWord() {
+	for _, w := range s.waiting {
+		close(w)
+	}
+	s.waiting = nil
+}
+
+// drain lets nothing new in; ready tells when the rest may be taken.
+func (s *subscriber) drain() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.draining = true
+	s.wake()
+}
+
+// drained tells whether drain was called and all that was queued is written.
+func (s *subscriber) drained() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.draining && len(s.items) == 0
+}
+
+// rest appends what is to be written yet of a message that is begun. The
+// write must have ended, and there is none after it.
+func (s *subscriber) rest(b [][]byte) [][]byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.begun > 0 {
+		b = append(b, s.items[0].message.wire(s.form)[s.begun:])
+	}
+	return b
+}
+
+// end drops what is left and returns the final counters. No write may be in
+// progress, and the mux must have let go of s.
+func (s *subscriber) end() counters {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.inFlight, s.begun = 0, 0
+	s.remove(0, func(item) cause { return dropEnd })
+	s.giveWord()
+	return s.counters
+}
+
+// feed is one publisher's MPEG-TS, and who reads it.
+type feed struct {
+	name string
+
+	mu      sync.Mutex
+	pub     *publisher // nil: nobody publishes
+	subs    []*subscriber
+	streams []*stream
+}
+
+// publish hands m to the readers of f, unless pub is no longer its publisher.
+// It does not block (I2).
+func (f *feed) publish(pub *publisher, m *message) {
+	m.feed = f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.pub != pub {
+		return
+	}
+	for _, s := range f.subs {
+		s.offer(m)
+	}
+	for _, st := range f.streams {
+		st.publish(m)
+	}
+}
+
+// stream is a named set of feeds, and who reads it. It exists while it has a
+// rule or a reader.
+type stream struct {
+	name  string
+	ruled bool    // guarded by mux.mu
+	feeds []*feed // guarded by mux.mu
+
+	mu   sync.Mutex
+	subs []*subscriber
+}
+
+// publish hands on a message of one of the stream's feeds.
+func (st *stream) publish(m *message) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	for _, s := range st.subs {
+		s.offer(m)
+	}
+}
+
+// mute makes every reader of st drop what it holds of f, and appends to words
+// the channels to wait for. f no longer publishes to st.
+func (st *stream) mute(f *feed, words []<-chan struct{}) []<-chan struct{} {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	for _, s := range st.subs {
+		if w := s.mute(f); w != nil {
+			words = append(words, w)
+		}
+	}
+	return words
+}
+
+// mux holds the feeds and streams that somebody publishes, reads or has a
+// rule for. Safe for concurrent use.
+type mux struct {
+	mu      sync.Mutex
+	feeds   map[string]*feed
+	streams map[string]*stream
+}
+
+func newMux() *mux {
+	return &mux{feeds: make(map[string]*feed), streams: make(map[string]*stream)}
+}
+
+// isStream tells whether a valid name is a stream's; else it is a feed's.
+func isStream(name string) bool { return strings.HasPrefix(name, "stream/") }
+
+// feed returns the feed of that name, made if need be; mu is held.
+func (x *mux) feed(name string) *feed {
+	f := x.feeds[name]
+	if f == nil {
+		f = &feed{name: name}
+		x.feeds[name] = f
+	}
+	return f
+}
+
+// stream returns the stream of that name, made if need be; mu is held.
+func (x *mux) stream(name string) *stream {
+	st := x.streams[name]
+	if st == nil {
+		st = &stream{name: name}
+		x.streams[name] = st
+	}
+	return st
+}
+
+// tidy forgets a feed that nobody has a use for; mu is held.
+func (x *mux) tidy(f *feed) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.pub == nil && len(f.subs) == 0 && len(f.streams) == 0 {
+		delete(x.feeds, f.name)
+	}
+}
+
+// attach makes pub the publisher of a feed. The one before it is told to end.
+func (x *mux) attach(name string, pub *publisher) *feed {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	f := x.feed(name)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.pub != nil {
+		f.pub.replace()
+	}
+	f.pub = pub
+	return f
+}
+
+// detach ends pub's publishing.
+func (x *mux) detach(f *feed, pub *publisher) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	f.mu.Lock()
+	if f.pub == pub {
+		f.pub = nil
+	}
+	f.mu.Unlock()
+	x.tidy(f)
+}
+
+// join makes s a reader of the feed or stream of that name, which need not
+// exist yet.
+func (x *mux) join(name string, s *subscriber) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if isStream(name) {
+		st := x.stream(name)
+		st.mu.Lock()
+		defer st.mu.Unlock()
+		st.subs = append(st.subs, s)
+		return
+	}
+	f := x.feed(name)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.subs = append(f.subs, s)
+}
+
+// leave undoes join. Once it returns, nothing is offered to s.
+func (x *mux) leave(name string, s *subscriber) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	is := func(o *subscriber) bool { return o == s }
+	if st := x.streams[name]; st != nil {
+		st.mu.Lock()
+		st.subs = slices.DeleteFunc(st.subs, is)
+		idle := len(st.subs) == 0 && !st.ruled
+		st.mu.Unlock()
+		if idle {
+			delete(x.streams, name)
+		}
+	}
+	if f := x.feeds[name]; f != nil {
+		f.mu.Lock()
+		f.subs = slices.DeleteFunc(f.subs, is)
+		f.mu.Unlock()
+		x.tidy(f)
+	}
+}
+
+// setStream gives a stream its feeds. When the channels it returns are closed,
+// no message of a feed that it had before and has no more will be begun (I6).
+func (x *mux) setStream(name string, feeds []string, ruled bool) (words []<-chan struct{}) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	st := x.stream(name)
+	st.ruled = ruled
+	old := st.feeds
+	st.feeds = nil
+	for _, n := range feeds {
+		f := x.feed(n)
+		st.feeds = append(st.feeds, f)
+		if !slices.Contains(old, f) {
+			f.mu.Lock()
+			f.streams = append(f.streams, st)
+			f.mu.Unlock()
+		}
+	}
+	for _, f := range old {
+		if !slices.Contains(st.feeds, f) {
+			f.mu.Lock()
+			f.streams = slices.DeleteFunc(f.streams, func(o *stream) bool { return o == st })
+			f.mu.Unlock()
+			words = st.mute(f, words)
+			x.tidy(f)
+		}
+	}
+	st.mu.Lock()
+	idle := len(st.subs) == 0 && !st.ruled
+	st.mu.Unlock()
+	if idle {
+		delete(x.streams, name)
+	}
+	return words
+}

@@ -1,0 +1,37 @@
+package main
+
+import (
+	"net"
+	"syscall"
+	"unsafe"
+)
+
+const (
+	tcpNotsentLowat = 25     // linux/tcp.h
+	sioOutqNsd      = 0x894b // linux/sockios.h
+	notsentLowat    = 16 << 10
+)
+
+// limitUnsent makes a TCP socket writable only while fewer than 16 KiB of it
+// are unsent, so that the kernel does not hoard seconds of video for a reader
+// that has stalled. It does not limit what is in flight. Accepted sockets
+// inherit it from their listener.
+func limitUnsent(_, _ string, c syscall.RawConn) error {
+	// A kernel that does not know it works as well, only less fresh.
+	return c.Control(func(fd uintptr) {
+		syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, tcpNotsentLowat, notsentLowat)
+	})
+}
+
+// unsent is how many bytes the kernel holds that it was not yet able to send.
+func unsent(conn *net.TCPConn) int {
+	c, err := conn.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	var n int32
+	c.Control(func(fd uintptr) {
+		syscall.Syscall(syscall.SYS_IOCTL, fd, sioOutqNsd, uintptr(unsafe.Pointer(&n)))
+	})
+	return int(n)
+}

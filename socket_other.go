@@ -1,0 +1,14 @@
+//go:build !linux
+
+package main
+
+import (
+	"net"
+	"syscall"
+)
+
+// limitUnsent does nothing where TCP_NOTSENT_LOWAT is not known to work.
+func limitUnsent(_, _ string, _ syscall.RawConn) error { return nil }
+
+// unsent is not known here.
+func unsent(*net.TCPConn) int { return 0 }
