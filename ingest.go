@@ -36,6 +36,7 @@ type chunkInfo struct {
 	psi      []byte   // the feed's last PAT and PMT, as they came; nil until known
 	program  *program // in force for it; nil until known
 	lost     bool     // packets or frames before it were lost on the way in
+	marks    []mark   // in a stream: where its PIDs stood, if it can open a gate
 }
 
 // frameStart is what is known of the first frame of a chunk.

@@ -44,7 +44,7 @@ const maxHeader = 14 // bytes. RFC 6455 5.2
 
 // newMessage copies payload.
 func newMessage(payload []byte, at time.Time, info chunkInfo) *message {
-	b := appendHeader(make([]byte, 0, maxHeader+len(payload)), opBinary, len(payload), nil)
+	b := appendHeader(make([]byte, 0, maxHeader-4+len(payload)), opBinary, len(payload), nil)
 	return &message{at: at, info: info, frame: append(b, payload...), size: len(payload)}
 }
 
@@ -218,22 +218,37 @@ func (s *subscriber) offer(m *message) {
 	s.wake()
 }
 
-// passes works the gate of m's feed; the one that opens it has the last PSI
-// of the feed before it.
+// passes works the gate of m's feed.
 func (s *subscriber) passes(m *message) bool {
-	g := s.gates[m.feed]
-	if g == nil || m.first && g.open {
-		g = &gate{since: m.at}
+	g, again := s.gates[m.feed], true
+	if g == nil {
+		g, again = &gate{since: m.at}, false
 		s.gates[m.feed] = g
+	}
+	if m.first && g.open {
+		*g = gate{since: m.at}
 	}
 	if !g.open && g.opens(m) {
 		g.open = true
-		if psi := m.info.psi; !m.info.lead && len(psi) > 0 {
+		if p := m.preface(again); p != nil {
 			s.counters.published++
-			s.push(newMessage(psi, m.at, chunkInfo{}))
+			s.push(p)
 		}
 	}
 	return g.open
+}
+
+// preface is what a reader needs before the message that opens a gate: the
+// PSI of a feed; in a stream, when it is opened again, that the continuity
+// counters do not go on from where they were. nil: nothing.
+func (m *message) preface(again bool) *message {
+	switch {
+	case again && len(m.info.marks) > 0:
+		return newMessage(appendMarks(nil, m.info.marks), m.at, chunkInfo{})
+	case !m.info.lead && len(m.info.psi) > 0:
+		return newMessage(m.info.psi, m.at, chunkInfo{})
+	}
+	return nil
 }
 
 func (s *subscriber) push(m *message) {
@@ -284,7 +299,8 @@ func (s *subscriber) trim(now time.Time) {
 		most = maxQueue / 2
 	}
 	cut := make(map[*feed]*gate) // feeds that lost a message, until a later one opens them again
-	s.remove(lo, func(it item) cause {
+	rest := s.items[:lo]
+	for _, it := range s.items[lo:] {
 		why, g := kept, cut[it.feed]
 		switch {
 		case now.Sub(it.at) > s.maxAge:
@@ -295,15 +311,26 @@ func (s *subscriber) trim(now time.Time) {
 			why = dropGate
 		}
 		if why == kept {
-			delete(cut, it.feed)
-			return kept
+			if g != nil {
+				delete(cut, it.feed)
+				if p := it.preface(true); p != nil { // in the place of one that was dropped
+					s.counters.published++
+					s.bytes += p.size
+					rest = append(rest, item{message: p})
+				}
+			}
+			rest = append(rest, it)
+			continue
 		}
+		s.counters.dropped[why]++
+		s.bytes -= it.size
 		s.lagged++
 		if g == nil && it.feed != nil {
 			cut[it.feed] = &gate{since: it.at}
 		}
-		return why
-	})
+	}
+	clear(s.items[len(rest):])
+	s.items = rest
 	for f, g := range cut {
 		if s.gates[f] != nil { // not muted in the meantime
 			s.gates[f] = g
@@ -464,10 +491,12 @@ func (s *subscriber) end() counters {
 
 // feed is one publisher's MPEG-TS, and who reads it.
 type feed struct {
-	name string
+	name  string
+	epoch time.Time // when vw's clock was 0
 
 	mu      sync.Mutex
 	pub     *publisher // nil: nobody publishes
+	clock   clock
 	subs    []*subscriber
 	streams []*stream
 }
@@ -481,57 +510,117 @@ func (f *feed) publish(pub *publisher, m *message) {
 	if f.pub != pub {
 		return
 	}
+	now := toTicks(m.at.Sub(f.epoch))
+	offset, jumped := f.clock.follow(m.payload(), now, m.first)
 	for _, s := range f.subs {
 		s.offer(m)
 	}
 	for _, st := range f.streams {
-		st.publish(m)
+		st.publish(m, now, offset, jumped)
 	}
 }
 
-// stream is a named set of feeds, and who reads it. It exists while it has a
-// rule or a reader.
+// stream is a named set of feeds as one program, and who reads it. It exists
+// while it has a rule or a reader.
 type stream struct {
 	name  string
+	epoch time.Time
 	ruled bool    // guarded by mux.mu
 	feeds []*feed // guarded by mux.mu
 
-	mu   sync.Mutex
-	subs []*subscriber
+	mu    sync.Mutex
+	remux remuxer
+	subs  []*subscriber
 }
 
-// publish hands on a message of one of the stream's feeds.
-func (st *stream) publish(m *message) {
+// publish puts a message of one of the stream's feeds into its program.
+func (st *stream) publish(m *message, now, offset ticks, jumped bool) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
+	src := st.remux.source(m.feed)
+	if src == nil || m.info.program == nil {
+		return
+	}
+	if m.first {
+		src.gate = gate{since: m.at}
+	}
+	opens := src.gate.opens(m)
+	if !src.gate.open && !opens {
+		return
+	}
+	if !src.gate.open || jumped || m.info.lost {
+		src.renew()
+	}
+	src.gate.open = true
+	if st.remux.follow(src, m.info.program) || m.info.key || now-st.remux.sent >= psiEvery {
+		st.sendPSI(m.at, now)
+	}
+	info := m.info
+	info.lead = true
+	if opens {
+		info.marks = st.remux.marks(src)
+	}
+	if b := st.remux.remux(src, m.payload(), offset); len(b) > 0 {
+		out := newMessage(b, m.at, info)
+		out.feed = m.feed
+		st.offer(out)
+	}
+}
+
+// sendPSI is called with mu held.
+func (st *stream) sendPSI(at time.Time, now ticks) {
+	st.offer(newMessage(st.remux.appendPSI(nil, now), at, chunkInfo{}))
+}
+
+func (st *stream) offer(m *message) {
 	for _, s := range st.subs {
 		s.offer(m)
 	}
 }
 
-// mute makes every reader of st drop what it holds of f, and appends to words
-// the channels to wait for. f no longer publishes to st.
-func (st *stream) mute(f *feed, words []<-chan struct{}) []<-chan struct{} {
+// arrange makes feeds those of the stream, in their order. Every reader drops
+// what it holds of those in gone; the channels appended to words tell when no
+// write holds any (I6). The feeds in gone no longer publish to st.
+func (st *stream) arrange(feeds, gone []*feed, words []<-chan struct{}) []<-chan struct{} {
 	st.mu.Lock()
 	defer st.mu.Unlock()
+	at := time.Now()
 	for _, s := range st.subs {
-		if w := s.mute(f); w != nil {
-			words = append(words, w)
+		for _, f := range gone {
+			if w := s.mute(f); w != nil {
+				words = append(words, w)
+			}
 		}
 	}
+	if st.remux.arrange(feeds, at) && len(st.remux.psi) > 0 {
+		st.sendPSI(at, toTicks(at.Sub(st.epoch)))
+	}
 	return words
+}
+
+// join gives s the last PSI, then what comes.
+func (st *stream) join(s *subscriber) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if len(st.remux.psi) > 0 {
+		s.offer(newMessage(st.remux.psi, time.Now(), chunkInfo{}))
+	}
+	st.subs = append(st.subs, s)
 }
 
 // mux holds the feeds and streams that somebody publishes, reads or has a
 // rule for. Safe for concurrent use.
 type mux struct {
+	epoch time.Time // when vw's clock was 0
+
 	mu      sync.Mutex
 	feeds   map[string]*feed
 	streams map[string]*stream
 }
 
 func newMux() *mux {
-	return &mux{feeds: make(map[string]*feed), streams: make(map[string]*stream)}
+	// A DTS may be before the arrival of its frame: the clock starts at 10 s.
+	return &mux{epoch: time.Now().Add(-10 * time.Second), feeds: make(map[string]*feed), streams: make(map[string]*stream)}
 }
 
 // isStream tells whether a valid name is a stream's; else it is a feed's.
@@ -541,7 +630,7 @@ func isStream(name string) bool { return strings.HasPrefix(name, "stream/") }
 func (x *mux) feed(name string) *feed {
 	f := x.feeds[name]
 	if f == nil {
-		f = &feed{name: name}
+		f = &feed{name: name, epoch: x.epoch}
 		x.feeds[name] = f
 	}
 	return f
@@ -551,7 +640,7 @@ func (x *mux) feed(name string) *feed {
 func (x *mux) stream(name string) *stream {
 	st := x.streams[name]
 	if st == nil {
-		st = &stream{name: name}
+		st = &stream{name: name, epoch: x.epoch}
 		x.streams[name] = st
 	}
 	return st
@@ -598,10 +687,7 @@ func (x *mux) join(name string, s *subscriber) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if isStream(name) {
-		st := x.stream(name)
-		st.mu.Lock()
-		defer st.mu.Unlock()
-		st.subs = append(st.subs, s)
+		x.stream(name).join(s)
 		return
 	}
 	f := x.feed(name)
@@ -642,21 +728,24 @@ func (x *mux) setStream(name string, feeds []string, ruled bool) (words []<-chan
 	old := st.feeds
 	st.feeds = nil
 	for _, n := range feeds {
-		f := x.feed(n)
-		st.feeds = append(st.feeds, f)
+		st.feeds = append(st.feeds, x.feed(n))
+	}
+	var gone []*feed
+	for _, f := range old {
+		if !slices.Contains(st.feeds, f) {
+			gone = append(gone, f)
+			f.mu.Lock()
+			f.streams = slices.DeleteFunc(f.streams, func(o *stream) bool { return o == st })
+			f.mu.Unlock()
+			x.tidy(f)
+		}
+	}
+	words = st.arrange(st.feeds, gone, nil)
+	for _, f := range st.feeds {
 		if !slices.Contains(old, f) {
 			f.mu.Lock()
 			f.streams = append(f.streams, st)
 			f.mu.Unlock()
-		}
-	}
-	for _, f := range old {
-		if !slices.Contains(st.feeds, f) {
-			f.mu.Lock()
-			f.streams = slices.DeleteFunc(f.streams, func(o *stream) bool { return o == st })
-			f.mu.Unlock()
-			words = st.mute(f, words)
-			x.tidy(f)
 		}
 	}
 	st.mu.Lock()

@@ -1,0 +1,483 @@
+// The remultiplexer: the feeds of a stream become one program that every
+// player plays, on one clock. Pure: packets in, packets out; its callers say
+// what time it is. Nothing is decoded, and PES bytes are never altered but for
+// their timestamps.
+
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+	"slices"
+	"time"
+)
+
+// ticks counts 1/90000 s, unwrapped. On the wire it has 33 bits.
+type ticks int64
+
+const (
+	second    ticks = 90000
+	wrap      ticks = 1 << 33
+	lead            = second / 5 // by which PTS are ahead of the PCR
+	maxPSIGap       = second / 10
+	psiEvery        = second / 20 // with the next frame's 40 ms this stays under maxPSIGap
+)
+
+const (
+	outPMT   = 0x1000 // PIDs of what is ours
+	outPCR   = 0x1001
+	firstPID = 0x0100 // of what had to be moved
+	lastPID  = 0x1ffe
+)
+
+// clock maps the timestamps of one feed onto vw's. Owned by its feed.
+//
+// The lag of a frame is its arrival minus its PTS. The least lag of a window
+// is the feed's true one, the rest is jitter: the offset follows it so slowly
+// that nobody sees it, which also follows the drift of the feed's clock.
+type clock struct {
+	running bool
+	renewed bool  // a publisher came whose first timestamp is yet to come
+	newest  ticks // PTS, unwrapped
+	seen    ticks // when it was, on vw's clock
+	began   ticks // when the feed's clock was set
+	offset  ticks // what is added to the feed's timestamps
+	target  ticks // what offset moves towards
+	window  ticks // when the window began
+	least   ticks // lag in it
+}
+
+const clockWindow = 10 * second
+
+// follow looks at a chunk that arrived now. It returns the offset for its
+// timestamps, and whether they begin anew: after a restart, or a jump.
+func (c *clock) follow(chunk []byte, now ticks, restarted bool) (offset ticks, jumped bool) {
+	first, newest, ok := chunkPTS(chunk)
+	c.renewed = c.renewed || restarted
+	if !ok {
+		return c.offset, restarted
+	}
+	p := c.newest + signed33(newest-c.newest)
+	media := p - c.newest
+	if !c.running || c.renewed || media < -2*second || media > now-c.seen+10*second {
+		c.set(first, newest, now)
+		return c.offset, true
+	}
+	c.seen = now
+	if media > 0 {
+		c.newest = p
+		most := media / 100
+		if now-c.began < second {
+			// The first frames of a publisher are late by its start-up.
+			c.target = min(c.target, now-p)
+			most = media / 4
+		}
+		c.offset += min(max(c.target-c.offset, -most), most)
+	}
+	c.least = min(c.least, now-p)
+	if now-c.window >= clockWindow {
+		c.target = c.least
+		if c.least-c.offset > second/5 {
+			c.offset = c.least // late for good
+		}
+		c.window, c.least = now, now-p
+	}
+	return c.offset, false
+}
+
+// set makes newest the PTS of now. Timestamps that were given out are not
+// given again, unless they are more than 2 s in the future.
+func (c *clock) set(first, newest, now ticks) {
+	ahead := c.newest + c.offset + 1 - (now + signed33(first-newest))
+	lag := now - newest
+	next := clock{running: true, newest: newest, seen: now, began: now, offset: lag, target: lag, window: now, least: lag}
+	if c.running && 0 < ahead && ahead <= 2*second {
+		next.offset += ahead
+	}
+	*c = next
+}
+
+// signed33 is a difference of two 33-bit timestamps, nearest to zero.
+func signed33(d ticks) ticks { return (d+wrap/2)&(wrap-1) - wrap/2 }
+
+// chunkPTS finds the first and the newest PTS in a chunk.
+func chunkPTS(chunk []byte) (first, newest ticks, ok bool) {
+	for ; len(chunk) >= packetSize; chunk = chunk[packetSize:] {
+		p := packet(chunk[:packetSize])
+		if !p.unitStart() || p.damaged() || p.scrambled() {
+			continue
+		}
+		pts, _ := timestamps(p.payload())
+		if pts == nil {
+			continue
+		}
+		t := readTime(pts)
+		if !ok {
+			first, newest, ok = t, t, true
+		} else if signed33(t-newest) > 0 {
+			newest = t
+		}
+	}
+	return first, newest, ok
+}
+
+// timestamps returns the 5 bytes of the PTS and of the DTS of a PES header;
+// nil for what it does not have. ISO 13818-1 2.4.3.6.
+func timestamps(pes []byte) (pts, dts []byte) {
+	id, _, ok := pesStart(pes)
+	if !ok || len(pes) < 14 || pes[6]&0xc0 != 0x80 {
+		return nil, nil
+	}
+	switch id {
+	case 0xbc, 0xbe, 0xbf, 0xf0, 0xf1, 0xf2, 0xf8, 0xff:
+		return nil, nil // these have no such header
+	}
+	if pes[7]&0x80 != 0 {
+		pts = pes[9:14]
+	}
+	if pes[7]&0xc0 == 0xc0 && len(pes) >= 19 {
+		dts = pes[14:19]
+	}
+	return pts, dts
+}
+
+// readTime reads a PTS or DTS of 5 bytes.
+func readTime(b []byte) ticks {
+	return ticks(b[0]>>1&7)<<30 | ticks(binary.BigEndian.Uint16(b[1:])>>1)<<15 | ticks(binary.BigEndian.Uint16(b[3:])>>1)
+}
+
+// writeTime writes a PTS or DTS; the four bits before it are kept.
+func writeTime(b []byte, t ticks) {
+	b[0] = b[0]&0xf0 | byte(t>>29)&0x0e | 1
+	binary.BigEndian.PutUint16(b[1:], uint16(t>>15)<<1|1)
+	binary.BigEndian.PutUint16(b[3:], uint16(t)<<1|1)
+}
+
+// remuxer makes one program of the packets of several feeds. Its zero value
+// is ready; it is owned by its stream.
+type remuxer struct {
+	sources []*source // in the order of the rule
+
+	section []byte // the PMT without its CRC
+	version byte
+	psi     []byte // PAT and PMT as they went out last
+	patCC   byte
+	pmtCC   byte
+	last    map[uint16]byte // continuity counter, by PID; kept when a feed goes
+	sent    ticks           // when PSI went out
+	pcr     ticks           // and the last PCR
+
+	out []byte // what remux returns
+}
+
+// source is a feed in a stream.
+type source struct {
+	feed    *feed
+	gate    gate
+	program *program
+	tracks  []*outTrack
+}
+
+// outTrack is one elementary stream in the program.
+type outTrack struct {
+	track
+	out   uint16
+	shift byte  // from the feed's continuity counters to ours
+	fresh bool  // its next packet begins anew
+	dts   ticks // the last one; 0: none
+	skip  bool  // until its next PES
+}
+
+// mark is where a PID stands: its last continuity counter.
+type mark struct {
+	pid uint16
+	cc  byte
+}
+
+// source returns the source of a feed; nil without one.
+func (x *remuxer) source(f *feed) *source {
+	for _, s := range x.sources {
+		if s.feed == f {
+			return s
+		}
+	}
+	return nil
+}
+
+// arrange makes feeds the sources, in their order. It reports whether the
+// program changed by it.
+func (x *remuxer) arrange(feeds []*feed, at time.Time) bool {
+	sources := make([]*source, len(feeds))
+	for i, f := range feeds {
+		if sources[i] = x.source(f); sources[i] == nil {
+			sources[i] = &source{feed: f, gate: gate{since: at}}
+		}
+	}
+	x.sources = sources
+	return x.describe()
+}
+
+// follow gives s the tracks of a program map, and reports whether the program
+// changed by it. A PID is kept where it is free, and for as long as it is in.
+func (x *remuxer) follow(s *source, g *program) bool {
+	if s.program == g {
+		return false
+	}
+	s.program = g
+	old := s.tracks
+	s.tracks = nil
+	for _, t := range g.tracks {
+		i := slices.IndexFunc(old, func(o *outTrack) bool { return o.pid == t.pid })
+		if i >= 0 {
+			old[i].track = t
+			s.tracks = append(s.tracks, old[i])
+		} else if pid, ok := x.freePID(t.pid, old); ok {
+			s.tracks = append(s.tracks, &outTrack{track: t, out: pid, fresh: true, skip: true})
+		}
+	}
+	return x.describe()
+}
+
+// freePID is want if that is free, or the first that is. What a source had
+// before is not free yet.
+func (x *remuxer) freePID(want uint16, before []*outTrack) (uint16, bool) {
+	taken := func(pid uint16) bool {
+		has := func(t *outTrack) bool { return t.out == pid }
+		return pid == outPMT || pid == outPCR || slices.ContainsFunc(before, has) ||
+			slices.ContainsFunc(x.sources, func(s *source) bool { return slices.ContainsFunc(s.tracks, has) })
+	}
+	if want >= 0x20 && want <= lastPID && !taken(want) { // below are tables of DVB
+		return want, true
+	}
+	for pid := uint16(firstPID); pid <= lastPID; pid++ {
+		if !taken(pid) {
+			return pid, true
+		}
+	}
+	return 0, false
+}
+
+// describe makes the PMT of what there is. Its version changes when, and only
+// when, its content does. ISO 13818-1 2.4.4.8.
+func (x *remuxer) describe() bool {
+	b := make([]byte, 0, 64)
+	b = append(b, 0x02, 0, 0, 0, 1, 0, 0, 0)
+	b = binary.BigEndian.AppendUint16(b, 0xe000|outPCR)
+	b = binary.BigEndian.AppendUint16(b, 0xf000)
+	for _, s := range x.sources {
+		for _, t := range s.tracks {
+			if len(b)+5+len(t.descriptors)+4 > maxSection {
+				continue // a program map is one section: there is no room
+			}
+			b = append(b, t.streamType)
+			b = binary.BigEndian.AppendUint16(b, 0xe000|t.out)
+			b = binary.BigEndian.AppendUint16(b, 0xf000|uint16(len(t.descriptors)))
+			b = append(b, t.descriptors...)
+		}
+	}
+	if bytes.Equal(b, x.section) {
+		return false
+	}
+	if x.psi != nil {
+		x.version = (x.version + 1) & 31
+	}
+	x.section = b
+	return true
+}
+
+// appendPSI appends PAT, PMT and PCR, as of now.
+func (x *remuxer) appendPSI(b []byte, now ticks) []byte {
+	start := len(b)
+	pat := []byte{0x00, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0xe0 | outPMT>>8, outPMT & 0xff}
+	b = appendSection(b, patPID, &x.patCC, pat, 0)
+	b = appendSection(b, outPMT, &x.pmtCC, bytes.Clone(x.section), x.version)
+	x.psi = append(x.psi[:0], b[start:]...)
+	// After a pause in which nothing flowed there may be a gap; else not.
+	if now-x.pcr < second {
+		for t := x.pcr + maxPSIGap*9/10; t < now-maxPSIGap/10; t += maxPSIGap * 9 / 10 {
+			b = appendPCR(b, t)
+		}
+	}
+	x.pcr = max(now, x.pcr+1)
+	x.sent = now
+	return appendPCR(b, x.pcr)
+}
+
+// appendSection appends the packets of a section, whose length, version and
+// CRC are set. ISO 13818-1 2.4.4.
+func appendSection(b []byte, pid uint16, cc *byte, section []byte, version byte) []byte {
+	binary.BigEndian.PutUint16(section[1:], 0xb000|uint16(len(section)+4-3))
+	section[5] = 0xc1 | version<<1
+	section = binary.BigEndian.AppendUint32(section, crc32MPEG(section))
+	rest := append([]byte{0}, section...) // pointer_field
+	for start := byte(0x40); len(rest) > 0; start = 0 {
+		*cc = (*cc + 1) & 15
+		b = append(b, syncByte, start|byte(pid>>8), byte(pid), 0x10|*cc)
+		n := min(len(rest), packetSize-4)
+		b = append(b, rest[:n]...)
+		rest = rest[n:]
+		for ; n < packetSize-4; n++ {
+			b = append(b, 0xff)
+		}
+	}
+	return b
+}
+
+// appendAdaptation appends a packet that has an adaptation field only.
+// ISO 13818-1 2.4.3.4.
+func appendAdaptation(b []byte, pid uint16, cc byte, field ...byte) []byte {
+	b = append(b, syncByte, byte(pid>>8), byte(pid), 0x20|cc, packetSize-5)
+	b = append(b, field...)
+	for n := len(field); n < packetSize-5; n++ {
+		b = append(b, 0xff)
+	}
+	return b
+}
+
+// appendPCR appends a packet with a PCR. ISO 13818-1 2.4.3.5.
+func appendPCR(b []byte, t ticks) []byte {
+	base := uint64(t & (wrap - 1))
+	return appendAdaptation(b, outPCR, 0,
+		0x10, byte(base>>25), byte(base>>17), byte(base>>9), byte(base>>1), byte(base<<7)|0x7e, 0)
+}
+
+// appendMarks appends what tells a reader that the counters of PIDs, which
+// go on after marks, do not go on from where it was.
+func appendMarks(b []byte, marks []mark) []byte {
+	for _, m := range marks {
+		b = appendAdaptation(b, m.pid, m.cc, 0x80) // discontinuity_indicator
+	}
+	return b
+}
+
+// marks tells where the PIDs of s stand.
+func (x *remuxer) marks(s *source) []mark {
+	m := make([]mark, len(s.tracks))
+	for i, t := range s.tracks {
+		m[i] = mark{t.out, x.last[t.out]}
+	}
+	return m
+}
+
+// renew makes the next packets of s begin anew.
+func (s *source) renew() {
+	for _, t := range s.tracks {
+		t.fresh, t.skip = true, true
+	}
+}
+
+// remux returns the packets of a chunk of s as they go into the program; they
+// are only valid until the next call. What is not an elementary stream of the
+// program, damaged or scrambled is left out.
+func (x *remuxer) remux(s *source, chunk []byte, offset ticks) []byte {
+	b := x.out[:0]
+	var t *outTrack
+	for ; len(chunk) >= packetSize; chunk = chunk[packetSize:] {
+		in := packet(chunk[:packetSize])
+		if in.damaged() || in.scrambled() {
+			continue
+		}
+		if pid := in.pid(); t == nil || t.pid != pid {
+			i := slices.IndexFunc(s.tracks, func(t *outTrack) bool { return t.pid == pid })
+			if i < 0 {
+				continue
+			}
+			t = s.tracks[i]
+		}
+		payload := in.payload()
+		if payload == nil {
+			continue
+		}
+		if in.unitStart() {
+			t.skip = cutHeader(payload)
+		}
+		if t.skip {
+			continue
+		}
+		cc := byte(in.continuity())
+		anew := t.fresh
+		if anew {
+			t.fresh = false
+			t.shift = x.last[t.out] + 1 - cc
+			b = appendAdaptation(b, t.out, x.last[t.out], 0x80) // discontinuity_indicator
+		}
+		at := len(b)
+		b = append(b, in...)
+		p := packet(b[at:])
+		p[1] = p[1]&0xe0 | byte(t.out>>8)
+		p[2] = byte(t.out)
+		cc = (cc + t.shift) & 15
+		p[3] = p[3]&0xf0 | cc
+		if x.last == nil {
+			x.last = make(map[uint16]byte)
+		}
+		x.last[t.out] = cc
+		clearPCR(p)
+		if p.unitStart() {
+			t.restamp(p.payload(), offset+lead, anew)
+		}
+	}
+	x.out = b
+	return b
+}
+
+// cutHeader tells whether the timestamps of a PES reach beyond its first
+// packet: they could not be moved.
+func cutHeader(pes []byte) bool {
+	_, _, ok := pesStart(pes)
+	if !ok || len(pes) >= 19 {
+		return false
+	}
+	return len(pes) < 9 || pes[7]&0x80 != 0 && len(pes) < 14 || pes[7]&0xc0 == 0xc0
+}
+
+// clearPCR takes PCR and OPCR out of the adaptation field.
+func clearPCR(p packet) {
+	a := p.adaptation()
+	if len(a) == 0 || a[0]&0x18 == 0 {
+		return
+	}
+	n := 0
+	for _, flag := range []byte{0x10, 0x08} {
+		if a[0]&flag != 0 {
+			n += 6
+		}
+	}
+	a[0] &^= 0x18
+	if n = min(n, len(a)-1); n > 0 {
+		copy(a[1:], a[1+n:])
+		for i := len(a) - n; i < len(a); i++ {
+			a[i] = 0xff
+		}
+	}
+}
+
+// restamp moves the timestamps of a PES. The DTS of a track rises, whatever
+// the feed says, and PTS - DTS is unchanged; but what was more than 2 s ahead
+// begins anew where it is now.
+func (t *outTrack) restamp(pes []byte, offset ticks, anew bool) {
+	pts, dts := timestamps(pes)
+	if pts == nil {
+		return
+	}
+	decode := pts
+	if dts != nil {
+		decode = dts
+	}
+	d := readTime(decode)
+	to := (d + offset) & (wrap - 1)
+	if t.dts != 0 {
+		to = t.dts + signed33(to-t.dts)
+		if to <= t.dts && !(anew && to < t.dts-2*second) {
+			to = t.dts + 1
+		}
+	}
+	t.dts = max(to, 1)
+	writeTime(pts, (readTime(pts)+to-d)&(wrap-1))
+	if dts != nil {
+		writeTime(dts, to&(wrap-1))
+	}
+}
+
+// toTicks is a duration on vw's clock.
+func toTicks(d time.Duration) ticks { return ticks(d) * 9 / 100_000 }
