@@ -28,7 +28,7 @@ const (
 // message. Immutable but for the masked form, which is made once when it is
 // first asked for; every method may be called from several goroutines.
 type message struct {
-	feed  *feed     // nil: PSI of a stream, which passes every gate
+	feed  *feed     // nil: PSI of a stream
 	at    time.Time // when its last byte arrived
 	first bool      // the first of its publisher
 	info  chunkInfo
@@ -209,7 +209,7 @@ func (s *subscriber) offer(m *message) {
 		return
 	}
 	s.counters.published++
-	if m.feed != nil && !s.passes(m) {
+	if !s.passes(m) {
 		s.counters.dropped[dropGate]++
 		return
 	}
@@ -242,13 +242,17 @@ func (s *subscriber) passes(m *message) bool {
 // PSI of a feed; in a stream, when it is opened again, that the continuity
 // counters do not go on from where they were. nil: nothing.
 func (m *message) preface(again bool) *message {
+	var p *message
 	switch {
 	case again && len(m.info.marks) > 0:
-		return newMessage(appendMarks(nil, m.info.marks), m.at, chunkInfo{})
+		p = newMessage(appendMarks(nil, m.info.marks), m.at, chunkInfo{})
 	case !m.info.lead && len(m.info.psi) > 0:
-		return newMessage(m.info.psi, m.at, chunkInfo{})
+		p = newMessage(m.info.psi, m.at, chunkInfo{})
+	default:
+		return nil
 	}
-	return nil
+	p.feed = m.feed
+	return p
 }
 
 func (s *subscriber) push(m *message) {
@@ -325,7 +329,7 @@ func (s *subscriber) trim(now time.Time) {
 		s.counters.dropped[why]++
 		s.bytes -= it.size
 		s.lagged++
-		if g == nil && it.feed != nil {
+		if g == nil {
 			cut[it.feed] = &gate{since: it.at}
 		}
 	}
@@ -387,7 +391,7 @@ func (s *subscriber) wrote(n int) progress {
 		s.bytes -= it.size
 		s.counters.delivered++
 		s.counters.bytes += uint64(it.size)
-		if s.live != nil && (it.info.key || it.info.start && !it.info.hasVideo) {
+		if s.live != nil && it.feed != nil && (it.info.key || it.info.start && !it.info.hasVideo) {
 			s.live()
 		}
 	}
@@ -569,7 +573,8 @@ func (st *stream) publish(m *message, now, offset ticks, jumped bool) {
 
 // sendPSI is called with mu held.
 func (st *stream) sendPSI(at time.Time, now ticks) {
-	st.offer(newMessage(st.remux.appendPSI(nil, now), at, chunkInfo{}))
+	info := chunkInfo{start: true, lead: true, marks: st.remux.psiMarks()}
+	st.offer(newMessage(st.remux.appendPSI(nil, now), at, info))
 }
 
 func (st *stream) offer(m *message) {
@@ -603,7 +608,7 @@ func (st *stream) join(s *subscriber) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if len(st.remux.psi) > 0 {
-		s.offer(newMessage(st.remux.psi, time.Now(), chunkInfo{}))
+		s.offer(newMessage(st.remux.psi, time.Now(), chunkInfo{start: true, lead: true}))
 	}
 	st.subs = append(st.subs, s)
 }

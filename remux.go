@@ -359,6 +359,9 @@ func (x *remuxer) marks(s *source) []mark {
 	return m
 }
 
+// psiMarks tells where the PIDs of PAT and PMT stand.
+func (x *remuxer) psiMarks() []mark { return []mark{{patPID, x.patCC}, {outPMT, x.pmtCC}} }
+
 // renew makes the next packets of s begin anew.
 func (s *source) renew() {
 	for _, t := range s.tracks {

@@ -1,0 +1,308 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"testing/iotest"
+)
+
+// frames runs the framer over r, and returns its messages and how it ended.
+func frames(r io.Reader) (all []*message, err error) {
+	f := newFramer(func(m *message) { all = append(all, m) })
+	for err == nil {
+		err = f.read(r)
+	}
+	if err == io.EOF {
+		err = nil
+	}
+	return all, err
+}
+
+func joined(all []*message) []byte {
+	var b []byte
+	for _, m := range all {
+		b = append(b, m.payload()...)
+	}
+	return b
+}
+
+// split gives a part of what is asked for, at most so many bytes; always the
+// same parts.
+type split struct {
+	io.Reader
+	most uint32
+	seed *uint32
+}
+
+func splitUp(b []byte, most uint32) split { return split{bytes.NewReader(b), most, new(uint32)} }
+
+func (s split) Read(p []byte) (int, error) {
+	*s.seed = *s.seed*1664525 + 1013904223
+	return s.Reader.Read(p[:min(len(p), int(1+(*s.seed>>8)%s.most))])
+}
+
+// writes is a reader of which each Read gives what one write gave.
+type writes struct {
+	parts [][]byte
+	end   error
+}
+
+func (w *writes) Read(p []byte) (int, error) {
+	if len(w.parts) == 0 {
+		return 0, w.end
+	}
+	n := copy(p, w.parts[0])
+	w.parts = w.parts[1:]
+	return n, nil
+}
+
+// TestFramerChunks holds I1: which chunks come out of which writes.
+func TestFramerChunks(t *testing.T) {
+	var m tsMaker
+	m.tables(testVideo, 0x01, testAudio, 0x03)
+	psi := bytes.Clone(m.Bytes())
+	video := func(key bool, size int) []byte {
+		return m.packets(pes{pid: testVideo, id: 0xe0, key: key, size: size})
+	}
+	audio := func(size int) []byte { return m.packets(pes{pid: testAudio, id: 0xc0, size: size, length: true}) }
+	const full = 5*184 - 14 // bytes that fill 5 packets, so that there is no stuffing
+	key, p1, p2 := video(true, 3000), video(false, 1000), video(false, 700)
+	exact := video(false, full)
+	a1, a2 := audio(full), audio(500)
+	long := video(false, 2<<20)
+	cat := func(b ...[]byte) []byte { return slices.Concat(b...) }
+	tests := []struct {
+		name   string
+		writes [][]byte
+		end    error
+		want   [][]byte
+	}{
+		{"a frame a write", [][]byte{cat(psi, key), p1, p2}, io.EOF, [][]byte{cat(psi, key), p1, p2}},
+		{"frames read together", [][]byte{cat(psi, key, p1, p2)}, io.EOF, [][]byte{cat(psi, key, p1, p2)}},
+		{"a keyframe starts a chunk", [][]byte{cat(psi, p1, p2, psi, key, p1)}, io.EOF, [][]byte{cat(psi, p1, p2), cat(psi, key, p1)}},
+		{"half a frame waits", [][]byte{cat(psi, key[:376]), key[376:940], key[940:]}, io.EOF, [][]byte{cat(psi, key)}},
+		{"PSI waits for its frame", [][]byte{cat(psi, key), psi, p1}, io.EOF, [][]byte{cat(psi, key), cat(psi, p1)}},
+		{"an end that does not show waits for the next start", [][]byte{cat(psi, key), exact, p1}, io.EOF, [][]byte{cat(psi, key), cat(exact, p1)}},
+		{"and is not torn from it by a keyframe", [][]byte{cat(psi, key), exact, cat(psi, key)}, io.EOF, [][]byte{cat(psi, key), exact, cat(psi, key)}},
+		{"a proper end is one", [][]byte{cat(psi, key), exact}, io.EOF, [][]byte{cat(psi, key), exact}},
+		{"a lost connection is none", [][]byte{cat(psi, key), exact}, io.ErrUnexpectedEOF, [][]byte{cat(psi, key)}},
+		{"a length is an end", [][]byte{cat(psi, key), a1, a2}, io.EOF, [][]byte{cat(psi, key), a1, a2}},
+		{"null packets inside a frame", [][]byte{cat(psi, key[:376], nullPacket, key[376:])}, io.EOF, [][]byte{cat(psi, key[:376], nullPacket, key[376:])}},
+		{"PSI inside a frame", [][]byte{cat(psi, key[:376], psi, key[376:]), p1}, io.EOF, [][]byte{cat(psi, key[:376], psi, key[376:]), p1}},
+		{"interleaved: the next video is a start", [][]byte{cat(psi, key, a1[:376]), cat(p1, a1[376:])}, io.EOF, [][]byte{cat(psi, key), cat(a1[:376], p1, a1[376:])}},
+		{"interleaved: a keyframe is one", [][]byte{cat(psi, p1, a1[:376], psi, key), a1[376:]}, io.EOF, [][]byte{cat(psi, p1, a1[:376]), cat(psi, key, a1[376:])}},
+		{"a feed that began before", [][]byte{cat(key[376:], psi, p1)}, io.EOF, [][]byte{cat(psi, p1)}},
+		{"a long frame in parts", [][]byte{cat(psi, key), long[:64<<10]}, io.EOF, nil},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if tt.want == nil { // the long one: more than one write of 64 KiB
+				var r io.Reader = bytes.NewReader(cat(psi, key, long, p1))
+				all, err := frames(r)
+				if err != nil || !bytes.Equal(joined(all), cat(psi, key, long, p1)) {
+					t.Fatalf("got %v, or not what was written", err)
+				}
+				for i, m := range all {
+					if m.size > maxFrame+2*readSize {
+						t.Errorf("message %d has %d bytes", i, m.size)
+					}
+					if wrong := m.info.start != (packet(m.payload()).unitStart()); wrong {
+						t.Errorf("message %d: start is %v", i, m.info.start)
+					}
+				}
+				return
+			}
+			all, err := frames(&writes{slices.Clone(tt.writes), tt.end})
+			if (err == nil) != (tt.end == io.EOF) {
+				t.Errorf("got error %v", err)
+			}
+			var got []int
+			for i, m := range all {
+				got = append(got, m.size)
+				if i < len(tt.want) && !bytes.Equal(m.payload(), tt.want[i]) {
+					t.Errorf("message %d is not the one that is wanted", i)
+				}
+			}
+			var want []int
+			for _, b := range tt.want {
+				want = append(want, len(b))
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("got messages of %v bytes, want %v", got, want)
+			}
+		})
+	}
+}
+
+// TestFramerInfo: what readers are told of a chunk.
+func TestFramerInfo(t *testing.T) {
+	var m tsMaker
+	m.tables(testVideo, 0x1b, testAudio, 0x0f)
+	m.frame(pes{pid: testAudio, id: 0xc0, size: 100, length: true})
+	m.frame(pes{pid: testVideo, id: 0xe0, key: true, size: 400})
+	m.frame(pes{pid: testVideo, id: 0xe0, size: 400})
+	all, err := frames(&m)
+	if err != nil || len(all) != 2 {
+		t.Fatalf("got %d messages, %v, want 2", len(all), err)
+	}
+	a, k := all[0].info, all[1].info
+	if !a.start || a.key || !a.hasVideo || !a.lead || len(a.psi) != 376 {
+		t.Errorf("audio: got %+v", a)
+	}
+	if !k.start || !k.key || !k.hasVideo || k.lead || len(k.psi) != 376 || len(k.program.tracks) != 2 {
+		t.Errorf("keyframe: got %+v", k)
+	}
+	var only tsMaker
+	only.tables(testAudio, 0x03)
+	only.frame(pes{pid: testAudio, id: 0xc0, key: true, size: 100, length: true})
+	all, err = frames(&only)
+	if err != nil || len(all) != 1 || all[0].info.hasVideo || all[0].info.key || !all[0].info.start {
+		t.Errorf("audio alone: got %v, %v", all, err)
+	}
+}
+
+// TestFramerMidStuffing: an encoder that stuffs inside a frame is found out,
+// and its frames are whole from the second on.
+func TestFramerMidStuffing(t *testing.T) {
+	var m tsMaker
+	m.tables(testVideo, 0x1b)
+	psi := bytes.Clone(m.Bytes())
+	stuffs := func() []byte {
+		head := m.packets(pes{pid: testVideo, id: 0xe0, size: 10})
+		tail := m.packets(pes{pid: testVideo, id: 0xe0, size: 1000})
+		tail[1] &^= 0x40 // the same PES goes on
+		return slices.Concat(head, tail)
+	}
+	one, two, three := stuffs(), stuffs(), stuffs()
+	all, err := frames(&writes{[][]byte{slices.Concat(psi, one), two, three}, io.EOF})
+	if err != nil || !bytes.Equal(joined(all), slices.Concat(psi, one, two, three)) {
+		t.Fatalf("got %v, or not what was written", err)
+	}
+	for i, m := range all {
+		if m.info.start != (i != 1) { // 1 is the rest of the first frame
+			t.Errorf("message %d: start is %v", i, m.info.start)
+		}
+	}
+}
+
+// TestFramerNotTS: nothing of what is not MPEG-TS comes out.
+func TestFramerNotTS(t *testing.T) {
+	noise := make([]byte, 100_000)
+	for i := range noise {
+		noise[i] = byte(rand.Uint32())
+	}
+	text := bytes.Repeat([]byte("G is the letter that a packet begins with. "), 3000)
+	tests := []struct {
+		name string
+		in   []byte
+		want error
+	}{
+		{"nothing", nil, nil},
+		{"noise", noise, errNotTS},
+		{"text", text, errNotTS},
+		{"a little text", []byte("hello"), errNotTS},
+		{"JSON with a G 188 bytes from its end", append(bytes.Repeat([]byte(" "), 800), append([]byte("G"), bytes.Repeat([]byte("x"), 187)...)...), errNotTS},
+		{"one packet", nullPacket, nil},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			for _, r := range []io.Reader{bytes.NewReader(tt.in), splitUp(tt.in, 100)} {
+				all, err := frames(r)
+				if !errors.Is(err, tt.want) {
+					t.Errorf("got %v, want %v", err, tt.want)
+				}
+				if tt.want != nil && len(all) > 0 {
+					t.Errorf("got %d messages, want none", len(all))
+				}
+			}
+		})
+	}
+}
+
+// TestFramerDamage: after bytes are lost, whole frames follow, and the
+// unfinished one is not sent.
+func TestFramerDamage(t *testing.T) {
+	clip := testClip(24, 2000)
+	cut := len(clip)/2 - 50
+	damaged := slices.Concat(clip[:cut], clip[cut+100:])
+	all, err := frames(bytes.NewReader(damaged))
+	if err != nil {
+		t.Fatal(err)
+	}
+	lost, torn := 0, 0
+	for _, m := range all {
+		if !m.info.start {
+			t.Errorf("a message begins inside a frame")
+		}
+		for b := m.payload(); len(b) > 0; b = b[packetSize:] {
+			if !bytes.Contains(clip, b[:packetSize]) {
+				torn++ // the one that lost its end: nothing tells, where packets come one by one
+			}
+		}
+		if m.info.lost {
+			lost++
+		}
+	}
+	if torn > 1 {
+		t.Errorf("got %d packets that are not the clip's, want 1 at most", torn)
+	}
+	if lost != 1 {
+		t.Errorf("got %d messages marked as after a loss, want 1", lost)
+	}
+	if got := len(joined(all)); got < len(clip)-3*2500 {
+		t.Errorf("got %d bytes of %d", got, len(clip))
+	}
+}
+
+// TestFramerSplits: any split of a valid input gives the same packets.
+func TestFramerSplits(t *testing.T) {
+	clip := testClip(60, 5000)
+	for _, r := range []io.Reader{
+		iotest.OneByteReader(bytes.NewReader(clip)), iotest.HalfReader(bytes.NewReader(clip)),
+		iotest.DataErrReader(bytes.NewReader(clip)),
+		splitUp(clip, 187), splitUp(clip, 189), splitUp(clip, 10000),
+	} {
+		all, err := frames(r)
+		if err != nil || !bytes.Equal(joined(all), clip) {
+			t.Errorf("%T: got %v, or not what was written", r, err)
+		}
+		for i, m := range all {
+			if !m.info.start {
+				t.Errorf("%T: message %d begins inside a frame", r, i)
+			}
+		}
+	}
+}
+
+// FuzzFramer: whatever is posted, split anyhow, comes out as whole packets of
+// it, the same for every split, in messages of bounded size.
+func FuzzFramer(f *testing.F) {
+	clip := testClip(3, 300)
+	f.Add(clip, uint16(100))
+	f.Add(slices.Concat(clip[:500], clip[600:]), uint16(188))
+	f.Add([]byte("not MPEG-TS"), uint16(3))
+	f.Fuzz(func(t *testing.T, in []byte, most uint16) {
+		whole, err1 := frames(bytes.NewReader(in))
+		parts, err2 := frames(splitUp(in, 1+uint32(most)))
+		if (err1 == nil) != (err2 == nil) {
+			t.Fatalf("got %v in one read, %v in parts", err1, err2)
+		}
+		if !bytes.Equal(joined(whole), joined(parts)) {
+			t.Fatalf("got %d bytes in one read, others in parts", len(joined(whole)))
+		}
+		for _, m := range whole {
+			if m.size == 0 || m.size%packetSize != 0 || m.size > maxFrame+2*readSize {
+				t.Fatalf("got a message of %d bytes", m.size)
+			}
+			for b := m.payload(); len(b) > 0; b = b[packetSize:] {
+				if b[0] != syncByte || !bytes.Contains(in, b[:packetSize]) {
+					t.Fatal("got a packet that was not posted")
+				}
+			}
+		}
+	})
+}

@@ -1,0 +1,479 @@
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+)
+
+// tsCheck reads a program as a strict receiver would: the tests' own reading
+// of ISO 13818-1, apart from the packet accessors.
+type tsCheck struct {
+	cc       map[uint16]int
+	version  int
+	versions int               // steps of the PMT
+	pmt      []byte            // tracks of it
+	types    map[uint16]byte   // stream_type by PID
+	pcr      int64             // 27 MHz
+	gap      int64             // the largest between two PCR
+	dts      map[uint16]ticks  // last, by PID
+	pts      map[uint16][]ticks
+	jumps    int // discontinuity_indicator
+	problems []string
+}
+
+func newTSCheck() *tsCheck {
+	return &tsCheck{cc: map[uint16]int{}, version: -1, types: map[uint16]byte{}, dts: map[uint16]ticks{}, pts: map[uint16][]ticks{}}
+}
+
+func (c *tsCheck) problem(format string, args ...any) {
+	c.problems = append(c.problems, fmt.Sprintf(format, args...))
+}
+
+func (c *tsCheck) read(b []byte) {
+	if len(b)%packetSize != 0 {
+		c.problem("%d bytes are not whole packets", len(b))
+		return
+	}
+	for ; len(b) > 0; b = b[packetSize:] {
+		p := packet(b[:packetSize])
+		if p[0] != syncByte {
+			c.problem("a packet begins with %#x", p[0])
+			return
+		}
+		c.packet(p)
+	}
+}
+
+func (c *tsCheck) packet(p packet) {
+	pid, payload := p.pid(), p.payload()
+	a := p.adaptation()
+	jump := len(a) > 0 && a[0]&0x80 != 0
+	if jump {
+		c.jumps++
+	}
+	if last, ok := c.cc[pid]; ok && !jump {
+		want := last
+		if payload != nil {
+			want = (last + 1) & 15
+		}
+		if p.continuity() != want {
+			c.problem("PID %#x: continuity counter %d, want %d", pid, p.continuity(), want)
+		}
+	}
+	c.cc[pid] = p.continuity()
+	switch {
+	case payload == nil && pid != outPCR:
+	case pid == patPID || pid == outPMT:
+		c.section(pid, payload)
+	case pid == outPCR:
+		base := int64(a[1])<<25 | int64(a[2])<<17 | int64(a[3])<<9 | int64(a[4])<<1 | int64(a[5])>>7
+		pcr := base*300 + int64(a[5]&1)<<8 + int64(a[6])
+		if c.pcr > 0 {
+			if pcr <= c.pcr {
+				c.problem("PCR %d after %d", pcr, c.pcr)
+			}
+			c.gap = max(c.gap, pcr-c.pcr)
+		}
+		c.pcr = pcr
+	case c.types[pid] == 0:
+		c.problem("PID %#x is not in the PMT", pid)
+	case len(a) > 0 && a[0]&0x18 != 0:
+		c.problem("PID %#x: a feed's PCR", pid)
+	case p.unitStart():
+		pts, dts := timestamps(payload)
+		if pts == nil {
+			break
+		}
+		if dts == nil {
+			dts = pts
+		}
+		if d := readTime(dts); c.dts[pid] != 0 && signed33(d-c.dts[pid]) <= 0 {
+			c.problem("PID %#x: DTS %d after %d", pid, d, c.dts[pid])
+		}
+		c.dts[pid] = readTime(dts)
+		c.pts[pid] = append(c.pts[pid], readTime(pts))
+	}
+}
+
+func (c *tsCheck) section(pid uint16, payload []byte) {
+	n := 3 + int(binary.BigEndian.Uint16(payload[2:])&0xfff)
+	s := payload[1 : 1+n]
+	if crc32MPEG(s) != 0 {
+		c.problem("PID %#x: wrong CRC", pid)
+	}
+	if pid == patPID {
+		return
+	}
+	version, tracks := int(s[5]>>1&31), bytes.Clone(s[12:n-4])
+	switch {
+	case version == c.version && !bytes.Equal(tracks, c.pmt):
+		c.problem("the PMT changed, its version did not")
+	case version != c.version && c.version >= 0:
+		c.versions++
+		if bytes.Equal(tracks, c.pmt) {
+			c.problem("the version of the PMT changed, its content did not")
+		}
+	}
+	c.version, c.pmt = version, tracks
+	clear(c.types)
+	for i := 0; i+5 <= len(tracks); i += 5 + int(binary.BigEndian.Uint16(tracks[i+3:])&0xfff) {
+		c.types[binary.BigEndian.Uint16(tracks[i+1:])&0x1fff] = tracks[i]
+	}
+}
+
+// bench is a mux with publishers and a reader, without goroutines, at times
+// that the test sets.
+type bench struct {
+	*mux
+	t    *testing.T
+	at   time.Time
+	sub  *subscriber
+	pubs map[string]*publisher
+}
+
+func newBench(t *testing.T, stream string, feeds ...string) *bench {
+	b := &bench{mux: newMux(), t: t, at: time.Now(), sub: newSubscriber(raw, time.Minute), pubs: map[string]*publisher{}}
+	b.setStream(stream, feeds, true)
+	b.join(stream, b.sub)
+	return b
+}
+
+// post publishes what one read of a publisher gave at b.at.
+func (b *bench) post(name string, chunk []byte) {
+	p := b.pubs[name]
+	first := p == nil
+	if first {
+		p = &publisher{interrupt: func() {}}
+		b.pubs[name] = p
+		b.attach(name, p)
+	}
+	all, err := frames(bytes.NewReader(chunk))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for i, m := range all {
+		m.at, m.first = b.at, first && i == 0
+		b.feeds[name].publish(p, m)
+	}
+}
+
+// restart makes the next post of a feed that of a new publisher.
+func (b *bench) restart(name string) { delete(b.pubs, name) }
+
+// got takes what the reader has.
+func (b *bench) got() []byte {
+	var out []byte
+	for {
+		parts := b.sub.take(nil, 1<<20, false)
+		if len(parts) == 0 {
+			return out
+		}
+		n := 0
+		for _, p := range parts {
+			out = append(out, p...)
+			n += len(p)
+		}
+		b.sub.wrote(n)
+	}
+}
+
+// camera makes the frames of an ffmpeg that begins at 1.4 s.
+type camera struct {
+	tsMaker
+	pid  uint16
+	kind int // stream_type
+	id   byte
+	n    int
+	gop  int
+	step ticks
+	size int
+}
+
+func newCamera() *camera {
+	return &camera{pid: 0x100, kind: 1, id: 0xe0, gop: 12, step: 3600, size: 2000}
+}
+
+func newMicrophone() *camera {
+	return &camera{pid: 0x100, kind: 3, id: 0xc0, gop: 1, step: 2160, size: 576}
+}
+
+func (c *camera) next() []byte {
+	c.Reset()
+	c.tables(int(c.pid), c.kind)
+	c.frame(pes{pid: c.pid, id: c.id, key: c.n%c.gop == 0, pts: 126000 + ticks(c.n)*c.step, size: c.size, length: c.id != 0xe0})
+	c.n++
+	return c.Bytes()
+}
+
+// TestStreamIsAProgram: two ffmpeg processes that collide on their PIDs.
+func TestStreamIsAProgram(t *testing.T) {
+	b := newBench(t, "stream/x", "video0", "audio0")
+	v, a := newCamera(), newMicrophone()
+	check := newTSCheck()
+	var want int
+	for i := range 250 { // 10 s
+		b.at = b.at.Add(40 * time.Millisecond)
+		b.post("video0", v.next())
+		for ; a.n*24 < i*40; want++ {
+			b.post("audio0", a.next())
+		}
+		check.read(b.got())
+	}
+	if len(check.problems) > 0 {
+		t.Errorf("got %d problems: %q", len(check.problems), check.problems[:min(5, len(check.problems))])
+	}
+	if check.types[0x100] != 1 || check.types[0x101] != 3 || len(check.types) != 2 {
+		t.Errorf("got tracks %v, want video on 0x100 and audio on 0x101", check.types)
+	}
+	if got := len(check.pts[0x100]); got != 250 {
+		t.Errorf("got %d pictures, want 250", got)
+	}
+	if got := len(check.pts[0x101]); got != want {
+		t.Errorf("got %d audio frames, want %d", got, want)
+	}
+	if ms := check.gap / 27000; ms > 100 {
+		t.Errorf("PCR are %d ms apart, want 100 at most", ms)
+	}
+	if check.versions != 1 || check.jumps != 2 {
+		t.Errorf("got %d versions and %d discontinuities, want 1 for the second feed and one a feed", check.versions, check.jumps)
+	}
+	// Both frames of the last moment: one clock, PTS 200 ms ahead of the PCR.
+	lead := check.pts[0x100][249] - ticks(check.pcr/300)
+	apart := check.pts[0x100][249] - check.pts[0x101][want-1]
+	if lead < second/10 || lead > second*3/10 || apart < -second/20 || apart > second/20 {
+		t.Errorf("video is %d ticks ahead of the PCR and %d of audio", lead, apart)
+	}
+}
+
+// TestStreamChanges: mute, unmute, restart and new tracks leave a valid
+// program, and the version steps with what changed.
+func TestStreamChanges(t *testing.T) {
+	b := newBench(t, "stream/x", "video0", "audio0")
+	v, a := newCamera(), newMicrophone()
+	check := newTSCheck()
+	play := func(n int, video, audio bool) {
+		for range n {
+			b.at = b.at.Add(40 * time.Millisecond)
+			if video {
+				b.post("video0", v.next())
+			}
+			if audio {
+				b.post("audio0", a.next())
+			}
+			check.read(b.got())
+		}
+	}
+	play(30, true, true)
+	before := check.versions
+	for i := range 10 {
+		b.setStream("stream/x", []string{"video0"}, true) // mute
+		play(7, true, true)
+		if check.versions != before+1 || check.types[0x101] != 0 {
+			t.Fatalf("mute %d: got %d version steps, tracks %v", i, check.versions-before, check.types)
+		}
+		b.setStream("stream/x", []string{"video0", "audio0"}, true)
+		play(7, true, true)
+		if check.versions != before+2 || check.types[0x101] != 3 {
+			t.Fatalf("unmute %d: got %d version steps, tracks %v", i, check.versions-before, check.types)
+		}
+		before = check.versions
+	}
+	for range 10 { // video muted, and unmuted in the middle of a group
+		b.setStream("stream/x", []string{"audio0"}, true)
+		play(7, true, true)
+		b.setStream("stream/x", []string{"video0", "audio0"}, true)
+		play(17, true, true)
+	}
+	before = check.versions
+	for range 10 { // ffmpeg killed and started again
+		play(5, false, true)
+		b.restart("video0")
+		v = newCamera()
+		play(20, true, true)
+	}
+	if check.versions != before {
+		t.Errorf("a restart: got %d version steps, want none", check.versions-before)
+	}
+	b.restart("video0")
+	v = newCamera()
+	v.kind, v.pid = 0x1b, 0x101 // another codec, on the PID that audio has
+	play(5, true, true)
+	if check.versions != before+1 || check.types[0x101] != 3 || check.types[0x100] != 0x1b && check.types[0x102] != 0x1b {
+		t.Errorf("another codec: got %d version steps, tracks %v", check.versions-before, check.types)
+	}
+	if len(check.problems) > 0 {
+		t.Errorf("got %d problems: %q", len(check.problems), check.problems[:min(5, len(check.problems))])
+	}
+}
+
+// TestStreamReader: a new reader first gets PAT and PMT, and its first picture
+// is a keyframe; after a drop it is told that counters do not go on.
+func TestStreamReader(t *testing.T) {
+	b := newBench(t, "stream/x", "video0")
+	v := newCamera()
+	play := func(n int) {
+		for range n {
+			b.at = b.at.Add(40 * time.Millisecond)
+			b.post("video0", v.next())
+		}
+	}
+	play(5)
+	late := newSubscriber(raw, time.Minute)
+	b.sub = late
+	b.join("stream/x", late)
+	play(20)
+	got := b.got()
+	if p := packet(got); p.pid() != patPID || packet(got[188:]).pid() != outPMT {
+		t.Errorf("got PIDs %#x, %#x first, want PAT and PMT", p.pid(), packet(got[188:]).pid())
+	}
+	for p := packet(got); len(p) > 0; p = p[packetSize:] {
+		if p.unitStart() && p.pid() == 0x100 {
+			if !p.randomAccess() {
+				t.Error("the first picture is not a keyframe")
+			}
+			break
+		}
+	}
+	check := newTSCheck()
+	check.read(got)
+	late.maxAge = 200 * time.Millisecond
+	play(60) // and nothing is taken: a reader that stalls
+	late.maxAge = time.Minute
+	play(1)
+	check.read(b.got())
+	if len(check.problems) > 0 {
+		t.Errorf("got %q", check.problems)
+	}
+	if check.jumps < 1 {
+		t.Error("got no discontinuity_indicator after a drop")
+	}
+}
+
+// TestClockDrift: 50 ppm for 24 h, with 20 ms of jitter, stays within 20 ms.
+func TestClockDrift(t *testing.T) {
+	for _, ppm := range []int64{50, -50} {
+		var c clock
+		r := rand.New(rand.NewPCG(1, 2))
+		worst, start := ticks(0), ticks(0)
+		for i := range int64(24 * 3600 * 25) {
+			capture := ticks(i * 3600)
+			pts := (capture + ticks(i*3600*ppm/1_000_000) + wrap - 5*second) & (wrap - 1) // wraps soon, and again
+			offset, jumped := c.follow(onePES(pts), 1000+capture+ticks(r.IntN(1800)), i == 0)
+			if jumped != (i == 0) {
+				t.Fatalf("frame %d: jumped is %v", i, jumped)
+			}
+			off := signed33(pts + offset - capture)
+			if i == 25*20 {
+				start = off
+			}
+			if i > 25*20 {
+				worst = max(worst, off-start, start-off)
+			}
+		}
+		if worst > second/50 {
+			t.Errorf("%d ppm: got %d ticks away, want %d at most", ppm, worst, second/50)
+		}
+	}
+}
+
+// onePES is one packet that begins a PES.
+func onePES(pts ticks) []byte {
+	var m tsMaker
+	m.frame(pes{pid: 0x100, id: 0xe0, pts: pts, size: 10})
+	return m.Bytes()
+}
+
+// TestClockMonotonic: what is posted faster than real time, in bursts, again
+// or with a jump never makes the offset take a timestamp back.
+func TestClockMonotonic(t *testing.T) {
+	tests := []struct {
+		name  string
+		frame func(i int) (pts, at ticks, restarted bool)
+	}{
+		{"ten times as fast", func(i int) (ticks, ticks, bool) { return ticks(i) * 3600, ticks(i) * 360, false }},
+		{"bursts of 2 s", func(i int) (ticks, ticks, bool) { return ticks(i) * 3600, ticks(i/50) * 50 * 3600, false }},
+		{"a stall of 10 s, then all at once", func(i int) (ticks, ticks, bool) {
+			return ticks(i) * 3600, ticks(max(i, 350)) * 3600, false
+		}},
+		{"restarts", func(i int) (ticks, ticks, bool) { return ticks(i%100) * 3600, ticks(i) * 3700, i%100 == 0 }},
+		{"a loop in one body", func(i int) (ticks, ticks, bool) { return ticks(i%100) * 3600, ticks(i) * 3600, false }},
+		{"an hour forward", func(i int) (ticks, ticks, bool) { return ticks(i)*3600 + ticks(i/100)*3600*second, ticks(i) * 3600, false }},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			var c clock
+			last := ticks(-1 << 60)
+			for i := range 1000 {
+				pts, at, restarted := tt.frame(i)
+				offset, _ := c.follow(onePES(pts), 10*second+at, restarted || i == 0)
+				out := pts + offset // near enough to now: not wrapped
+				if out <= last {
+					t.Fatalf("frame %d: got %d after %d", i, out, last)
+				}
+				last = out
+			}
+		})
+	}
+}
+
+func TestTimestamps(t *testing.T) {
+	b := []byte{0x31, 0, 0, 0, 0}
+	for _, want := range []ticks{0, 1, 90000, 1 << 15, 1 << 30, wrap - 1} {
+		writeTime(b, want)
+		if got := readTime(b); got != want || b[0]>>4 != 3 || b[0]&b[2]&b[4]&1 != 1 {
+			t.Errorf("got %d, % x, want %d and the marker bits", got, b, want)
+		}
+	}
+}
+
+// TestClearPCR: what follows the PCR in an adaptation field stays.
+func TestClearPCR(t *testing.T) {
+	p := packet(bytes.Repeat([]byte{0xee}, packetSize))
+	copy(p, []byte{0x47, 0x01, 0, 0x30, 17, 0x5a, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 'p', 'r', 'i'})
+	p[4] = 17
+	want := []byte{17, 0x42, 3, 'p', 'r', 'i'}
+	clearPCR(p)
+	if got := p[4:10]; !bytes.Equal(got, want) || !slices.Equal(p[10:22], bytes.Repeat([]byte{0xff}, 12)) || p[22] != 0xee {
+		t.Errorf("got % x, want % x, stuffing, then the payload", p[4:24], want)
+	}
+}
+
+// FuzzStream: whatever two feeds post, what comes out is a valid program.
+func FuzzStream(f *testing.F) {
+	v, a := newCamera(), newMicrophone()
+	f.Add(slices.Concat(bytes.Clone(v.next()), v.next()), slices.Concat(bytes.Clone(a.next()), a.next()))
+	f.Add(testClip(2, 100), testClip(3, 500))
+	f.Fuzz(func(t *testing.T, one, two []byte) {
+		b := &bench{mux: newMux(), t: t, at: time.Now(), sub: newSubscriber(raw, time.Minute), pubs: map[string]*publisher{}}
+		b.setStream("stream/x", []string{"one", "two"}, true)
+		b.join("stream/x", b.sub)
+		for name, in := range map[string][]byte{"one": one, "two": two} {
+			p := &publisher{interrupt: func() {}}
+			fd := b.attach(name, p)
+			all, _ := frames(bytes.NewReader(in))
+			for i, m := range all {
+				m.first = i == 0
+				fd.publish(p, m)
+			}
+		}
+		out := b.got()
+		if len(out)%packetSize != 0 {
+			t.Fatalf("got %d bytes", len(out))
+		}
+		var tables psi
+		for ; len(out) > 0; out = out[packetSize:] {
+			p := packet(out[:packetSize])
+			if p[0] != syncByte || p.damaged() {
+				t.Fatal("got what is no packet")
+			}
+			if !tables.add(p) && p.pid() != outPCR && tables.program.find(p.pid()) == nil {
+				t.Fatalf("got PID %#x, which the PMT does not have", p.pid())
+			}
+		}
+	})
+}
