@@ -217,7 +217,7 @@ func (s *server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	answer(w, status, map[string]string{"error": err.Error()})
 	if r.ContentLength != 0 {
 		c.Flush()
-		c.SetReadDeadline(past)
+		c.SetReadDeadline(time.Now().Add(closeTimeout)) // a reset now could overtake the answer
 	}
 }
 

@@ -117,7 +117,7 @@ func (l *link) Read(p []byte) (int, error) {
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			err = fmt.Errorf("nothing read for %v", l.silence)
 		}
-		return n, err
+		return n, plain(err)
 	}
 	if l.budget == 0 {
 		return 0, fmt.Errorf("the answer is longer than %d bytes", maxHandshake)
@@ -142,6 +142,16 @@ func (l *link) Write(p []byte) (int, error) {
 	default:
 	}
 	return len(p), nil
+}
+
+// plain leaves the addresses out of an error of a connection: what the log is
+// told once must read the same the next time.
+func plain(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) {
+		return fmt.Errorf("%s: %w", op.Op, op.Err)
+	}
+	return err
 }
 
 // statusError is a relay's answer other than 101.
@@ -174,7 +184,7 @@ func (l *link) open(ctx context.Context, u *url.URL) (*websocket.Conn, error) {
 		l.cannotResume()
 		l.Conn = conn
 		if err := conn.HandshakeContext(ctx); err != nil {
-			return nil, fmt.Errorf("TLS handshake: %w", err)
+			return nil, fmt.Errorf("TLS handshake: %w", plain(err))
 		}
 	}
 	release := onDone(ctx, func() { l.SetDeadline(past) })
@@ -194,12 +204,13 @@ func (l *link) open(ctx context.Context, u *url.URL) (*websocket.Conn, error) {
 		return nil, fmt.Errorf("websocket handshake: no answer within %v", handshakeTimeout)
 	case err == websocket.ErrBadStatus:
 		return nil, l.status()
-	case err == io.EOF:
+	case err == io.EOF, err == io.ErrUnexpectedEOF:
 		return nil, errors.New("websocket handshake: closed without an answer")
 	case err != nil: // it may quote the answer
-		return nil, fmt.Errorf("websocket handshake: %.200s", err.Error())
+		return nil, fmt.Errorf("websocket handshake: %.200s", plain(err).Error())
 	}
-	return ws, l.SetDeadline(time.Time{})
+	l.SetDeadline(time.Time{})
+	return ws, nil
 }
 
 // onDone calls f when ctx is done. The function it returns undoes that, or
@@ -280,8 +291,9 @@ func (l *link) sendControl(ctx context.Context, frame []byte) error {
 	}
 	if n, err := l.Conn.Write(frame); err != nil {
 		l.torn = n > 0
-		return fmt.Errorf("write: %w", err)
+		return plain(err)
 	}
+	l.stalled = time.Time{}
 	return nil
 }
 
@@ -305,7 +317,7 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber) error {
 			l.log.Warn("the reader was too slow and has caught up", "dropped", p.lagged)
 		}
 		if err != nil && (!l.resumes || !errors.Is(err, os.ErrDeadlineExceeded)) {
-			return fmt.Errorf("write: %w", err)
+			return plain(err)
 		}
 		switch {
 		case err == nil || n > 0:
@@ -477,23 +489,24 @@ func (d *destination) count() (c counters, queued int) {
 	return c, queued
 }
 
-// run keeps a connection to the relay up.
+// run keeps a connection to the relay up. The log is told of a failure once,
+// until a connection has been healthy.
 func (d *destination) run(ctx context.Context) {
 	defer d.hush()
 	var b backoff
-	told := "" // the last error that the log was told
+	told := "" // the last failure that the log was told
 	for {
 		healthy, err := d.connect(ctx, told == "")
 		if errors.Is(err, errTakenOver) || ctx.Err() != nil {
-			d.log.Info("destination ended", "err", context.Cause(ctx))
+			d.log.Info("destination ended", "err", err)
 			return
 		}
 		if healthy {
 			told = ""
 		}
 		wait := b.next(err, healthy)
-		if err.Error() != told {
-			told = err.Error()
+		if kind := failure(err); kind != told {
+			told = kind
 			d.log.Warn("no connection, trying again", "err", err)
 		}
 		d.log.Debug("waiting", "wait", wait, "err", err)
@@ -502,6 +515,20 @@ func (d *destination) run(ctx context.Context) {
 		case <-time.After(wait):
 		}
 	}
+}
+
+// lost is why an open connection ended.
+type lost struct{ error }
+
+func (e lost) Unwrap() error { return e.error }
+
+// failure is what kind of failure err is, for the log: an open connection can
+// be lost in many words.
+func failure(err error) string {
+	if errors.As(err, new(lost)) {
+		return "lost"
+	}
+	return err.Error()
 }
 
 // connect is one connection: dial, handshake, send. healthy tells whether it
@@ -546,7 +573,7 @@ func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err
 	d.sub = nil
 	d.past.add(s.end())
 	d.mu.Unlock()
-	return time.Since(opened) >= healthyAfter, err
+	return time.Since(opened) >= healthyAfter, lost{err}
 }
 
 // unreachable is an error of a dial.

@@ -122,7 +122,7 @@ func (f *framer) compact() {
 func (f *framer) parse(end bool) bool {
 	for {
 		if !f.locked && !f.hunt(end) {
-			return f.everLocked || !end && f.pos < maxHunt || end && len(f.buf) == 0
+			return f.everLocked || !end && len(f.buf) < maxHunt || end && len(f.buf) == 0
 		}
 		if len(f.buf)-f.pos < packetSize {
 			return true

@@ -15,12 +15,12 @@ import (
 type tsCheck struct {
 	cc       map[uint16]int
 	version  int
-	versions int               // steps of the PMT
-	pmt      []byte            // tracks of it
-	types    map[uint16]byte   // stream_type by PID
-	pcr      int64             // 27 MHz
-	gap      int64             // the largest between two PCR
-	dts      map[uint16]ticks  // last, by PID
+	versions int              // steps of the PMT
+	pmt      []byte           // tracks of it
+	types    map[uint16]byte  // stream_type by PID
+	pcr      int64            // 27 MHz
+	gap      int64            // the largest between two PCR
+	dts      map[uint16]ticks // last, by PID
 	pts      map[uint16][]ticks
 	jumps    int // discontinuity_indicator
 	problems []string
@@ -359,11 +359,14 @@ func TestClockDrift(t *testing.T) {
 	for _, ppm := range []int64{50, -50} {
 		var c clock
 		r := rand.New(rand.NewPCG(1, 2))
+		chunk := onePES(0)
+		field, _ := timestamps(packet(chunk).payload())
 		worst, start := ticks(0), ticks(0)
 		for i := range int64(24 * 3600 * 25) {
 			capture := ticks(i * 3600)
 			pts := (capture + ticks(i*3600*ppm/1_000_000) + wrap - 5*second) & (wrap - 1) // wraps soon, and again
-			offset, jumped := c.follow(onePES(pts), 1000+capture+ticks(r.IntN(1800)), i == 0)
+			writeTime(field, pts)
+			offset, jumped := c.follow(chunk, 1000+capture+ticks(r.IntN(1800)), i == 0)
 			if jumped != (i == 0) {
 				t.Fatalf("frame %d: jumped is %v", i, jumped)
 			}
@@ -402,7 +405,9 @@ func TestClockMonotonic(t *testing.T) {
 		}},
 		{"restarts", func(i int) (ticks, ticks, bool) { return ticks(i%100) * 3600, ticks(i) * 3700, i%100 == 0 }},
 		{"a loop in one body", func(i int) (ticks, ticks, bool) { return ticks(i%100) * 3600, ticks(i) * 3600, false }},
-		{"an hour forward", func(i int) (ticks, ticks, bool) { return ticks(i)*3600 + ticks(i/100)*3600*second, ticks(i) * 3600, false }},
+		{"an hour forward", func(i int) (ticks, ticks, bool) {
+			return ticks(i)*3600 + ticks(i/100)*3600*second, ticks(i) * 3600, false
+		}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

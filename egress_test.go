@@ -1,0 +1,525 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha1"
+	"encoding/base64"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// accept does the opening handshake as a relay. RFC 6455 4.2.2.
+func accept(conn net.Conn) (*bufio.Reader, error) {
+	r := bufio.NewReader(conn)
+	request, err := http.ReadRequest(r)
+	if err != nil {
+		return nil, err
+	}
+	sum := sha1.Sum([]byte(request.Header.Get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
+	_, err = fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n",
+		base64.StdEncoding.EncodeToString(sum[:]))
+	return r, err
+}
+
+// readFrame reads one masked frame. RFC 6455 5.2.
+func readFrame(r io.Reader) (opcode byte, payload []byte, err error) {
+	var h [14]byte
+	if _, err := io.ReadFull(r, h[:2]); err != nil {
+		return 0, nil, err
+	}
+	if h[0]&0xf0 != 0x80 || h[1]&0x80 == 0 {
+		return 0, nil, fmt.Errorf("frame begins with % x: want it final, without reserved bits, and masked", h[:2])
+	}
+	size, more := uint64(h[1]&0x7f), 0
+	switch size {
+	case 126:
+		more = 2
+	case 127:
+		more = 8
+	}
+	if _, err := io.ReadFull(r, h[2:2+more+4]); err != nil {
+		return 0, nil, err
+	}
+	switch more {
+	case 2:
+		size = uint64(binary.BigEndian.Uint16(h[2:]))
+	case 8:
+		size = binary.BigEndian.Uint64(h[2:])
+	}
+	payload = make([]byte, size)
+	if _, err := io.ReadFull(r, payload); err != nil {
+		return 0, nil, err
+	}
+	for i := range payload {
+		payload[i] ^= h[2+more+i%4]
+	}
+	return h[0] & 15, payload, nil
+}
+
+// serveRelay answers pings, hands on messages, and returns the close code.
+func serveRelay(conn net.Conn, message func([]byte)) (code int, err error) {
+	r, err := accept(conn)
+	if err != nil {
+		return 0, err
+	}
+	for {
+		opcode, payload, err := readFrame(r)
+		if err != nil {
+			return 0, err
+		}
+		switch opcode {
+		case opPing:
+			conn.Write([]byte{0x8a, 0})
+		case opClose:
+			conn.Write([]byte{0x88, 0})
+			return int(binary.BigEndian.Uint16(payload)), nil
+		default:
+			message(payload)
+		}
+	}
+}
+
+// lab is a set of rules whose relays are functions on in-memory connections.
+type lab struct {
+	*rules
+	t     *testing.T
+	log   *logBuffer
+	end   context.CancelCauseFunc
+	dials atomic.Int64
+	relay func(n int64, host string, conn net.Conn) // nil: refuse
+	away  atomic.Bool                               // refuse
+	conns sync.WaitGroup
+}
+
+func newLab(t *testing.T, relay func(n int64, host string, conn net.Conn)) *lab {
+	ctx, end := context.WithCancelCause(t.Context())
+	l := &lab{t: t, log: &logBuffer{}, end: end, relay: relay}
+	l.rules = newRules(ctx, newMux(), 500*time.Millisecond, slog.New(slog.NewTextHandler(l.log, nil)))
+	l.dial = func(ctx context.Context, _, host string) (net.Conn, error) {
+		n := l.dials.Add(1)
+		if l.relay == nil || l.away.Load() {
+			return nil, errors.New("connection refused")
+		}
+		ours, theirs := net.Pipe()
+		l.conns.Go(func() {
+			defer theirs.Close()
+			l.relay(n, host, theirs)
+		})
+		return ours, nil
+	}
+	return l
+}
+
+func (l *lab) close() {
+	l.end(errShutdown)
+	l.tasks.Wait()
+	l.conns.Wait()
+}
+
+// send sets destination 0.
+func (l *lab) send(source, url string) {
+	l.t.Helper()
+	if _, err := l.setDestination(destinationRule{"0", source, url}); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+// film publishes 25 frames/s on a feed until ctx is done, a keyframe every 12.
+func (l *lab) film(ctx context.Context, name string, size int) {
+	p := &publisher{interrupt: func() {}}
+	f := l.mux.attach(name, p)
+	defer l.mux.detach(f, p)
+	c := newCamera()
+	c.size = size
+	for first := true; ctx.Err() == nil; first = false {
+		all, err := frames(strings.NewReader(string(c.next())))
+		if err != nil {
+			l.t.Error(err)
+		}
+		for _, m := range all {
+			m.first = first
+			f.publish(p, m)
+		}
+		time.Sleep(40 * time.Millisecond)
+	}
+}
+
+// TestBackoff: how often relays that do not work are dialled in 60 s, and
+// what the log says of them.
+func TestBackoff(t *testing.T) {
+	reply := func(s string) func(int64, string, net.Conn) {
+		return func(_ int64, _ string, conn net.Conn) {
+			http.ReadRequest(bufio.NewReader(conn))
+			io.WriteString(conn, s)
+		}
+	}
+	tests := []struct {
+		name        string
+		relay       func(n int64, host string, conn net.Conn)
+		least, most int64
+		log         string
+	}{
+		{"refuses", nil, 120, 600, "connection refused"},
+		{"closes at once", reply(""), 9, 15, "closed without an answer"},
+		{"accepts, then closes", func(_ int64, _ string, conn net.Conn) { accept(conn) }, 9, 15, "closed by the other side"},
+		{"401", reply("HTTP/1.1 401 Unauthorized\r\n\r\n"), 6, 8, "401 Unauthorized"},
+		{"404", reply("HTTP/1.1 404 Not Found\r\n\r\n"), 6, 8, "404 Not Found"},
+		{"503", reply("HTTP/1.1 503 Busy\r\n\r\n"), 120, 600, "503 Busy"},
+		{"500", reply("HTTP/1.1 500 Oops\r\n\r\n"), 9, 15, "500 Oops"},
+		{"never answers", func(_ int64, _ string, conn net.Conn) { io.Copy(io.Discard, conn) }, 5, 9, "no answer within 5s"},
+		{"1 MB of header", reply("HTTP/1.1 101 Switching Protocols\r\n" + strings.Repeat("X: yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy\r\n", 20000)), 9, 15, "longer than 16384 bytes"},
+		{"one endless line", reply("HTTP/1.1 101 " + strings.Repeat("y", 1<<20)), 9, 15, "longer than 16384 bytes"},
+		{"SSH", reply("SSH-2.0-OpenSSH_9.2\r\n"), 9, 15, "SSH-2.0-OpenSSH_9.2"},
+		{"a line for the log", reply("HTTP/1.1 500 a\x1b[31mb\r\n\r\n"), 9, 15, `\\x1b`},
+		{"not a websocket", reply("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"), 9, 15, "200 OK"},
+		{"a wrong accept", reply("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: x\r\n\r\n"), 9, 15, "mismatch challenge/response"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := newLab(t, tt.relay)
+				defer l.close()
+				l.send("video0", "ws://relay/in/x")
+				time.Sleep(60 * time.Second)
+				if got := l.dials.Load(); got < tt.least || got > tt.most {
+					t.Errorf("got %d dials, want %d to %d", got, tt.least, tt.most)
+				}
+				if log := l.log.String(); strings.Count(log, tt.log) != 1 || strings.Count(log, "level=WARN") != 1 || len(log) > 2000 {
+					t.Errorf("got the log\n%swant %q once", log, tt.log)
+				}
+			})
+		})
+	}
+}
+
+// TestRelayReturns: video within 1 s of a relay's return, however long it was
+// away, when keyframes come every 480 ms.
+func TestRelayReturns(t *testing.T) {
+	for _, away := range []time.Duration{2 * time.Second, 3 * time.Second, 12 * time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			var video atomic.Int64 // frames
+			var conn atomic.Value
+			l := newLab(t, func(_ int64, _ string, c net.Conn) {
+				conn.Store(c)
+				serveRelay(c, func(b []byte) { video.Add(1) })
+			})
+			ctx, cancel := context.WithCancel(t.Context())
+			l.tasks.Go(func() { l.film(ctx, "video0", 5000) })
+			defer func() { cancel(); l.close() }()
+			l.send("video0", "ws://relay")
+			time.Sleep(10 * time.Second)
+			synctest.Wait()
+			if video.Load() < 200 {
+				t.Fatalf("got %d frames in 10 s", video.Load())
+			}
+			l.away.Store(true)
+			conn.Load().(net.Conn).Close()
+			time.Sleep(away)
+			synctest.Wait()
+			video.Store(0)
+			l.away.Store(false)
+			time.Sleep(time.Second)
+			synctest.Wait()
+			if video.Load() == 0 {
+				t.Errorf("away %v: no video after 1 s", away)
+			}
+		})
+	}
+}
+
+// TestLiveness: a relay that says nothing is replaced after 6.5 s, one that
+// does not read after 5 to 6 s, one that stalls for 4 s is kept.
+func TestLiveness(t *testing.T) {
+	tests := []struct {
+		name        string
+		relay       func(conn net.Conn)
+		least, most time.Duration // until it is dialled again; 0: it is not
+		why         string
+	}{
+		{"healthy", func(conn net.Conn) { serveRelay(conn, func([]byte) {}) }, 0, 0, ""},
+		{"silent", func(conn net.Conn) {
+			if r, err := accept(conn); err == nil {
+				io.Copy(io.Discard, r)
+			}
+		}, 6 * time.Second, 7 * time.Second, "nothing read for 6.5s"},
+		{"does not read", func(conn net.Conn) {
+			if _, err := accept(conn); err == nil {
+				time.Sleep(20 * time.Second)
+			}
+		}, 5 * time.Second, 7 * time.Second, ""},
+		{"stalls for 4 s before each pong", func(conn net.Conn) {
+			r, err := accept(conn)
+			for err == nil {
+				var opcode byte
+				if opcode, _, err = readFrame(r); opcode == opPing {
+					time.Sleep(4 * time.Second)
+					_, err = conn.Write([]byte{0x8a, 0})
+				}
+			}
+		}, 0, 0, ""},
+		{"pings by the thousand", func(conn net.Conn) {
+			r, err := accept(conn)
+			var pinging sync.WaitGroup
+			defer pinging.Wait()
+			pinging.Go(func() {
+				for range 5000 {
+					conn.Write([]byte{0x89, 4, 'p', 'i', 'n', 'g'})
+				}
+			})
+			for err == nil {
+				var opcode byte
+				if opcode, _, err = readFrame(r); opcode == opPing {
+					_, err = conn.Write([]byte{0x8a, 0})
+				}
+			}
+		}, 0, 0, ""},
+		{"masks its frames", func(conn net.Conn) {
+			if r, err := accept(conn); err == nil {
+				conn.Write([]byte{0x8a, 0x80, 1, 2, 3, 4})
+				io.Copy(io.Discard, r)
+			}
+		}, 0, time.Second, "closed by the other side"},
+		{"sends endlessly", func(conn net.Conn) {
+			if r, err := accept(conn); err == nil {
+				var reading sync.WaitGroup
+				defer reading.Wait()
+				reading.Go(func() { io.Copy(io.Discard, r) })
+				conn.Write([]byte{0x82, 127, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff})
+				for range 100 {
+					time.Sleep(300 * time.Millisecond)
+					if _, err := conn.Write(make([]byte, 100000)); err != nil {
+						return
+					}
+				}
+			}
+		}, 0, 0, ""},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var opened, again time.Time
+				l := newLab(t, func(n int64, _ string, conn net.Conn) {
+					switch n {
+					case 1:
+						opened = time.Now()
+						tt.relay(conn)
+					case 2:
+						again = time.Now()
+					}
+				})
+				ctx, cancel := context.WithCancel(t.Context())
+				l.tasks.Go(func() { l.film(ctx, "video0", 5000) })
+				defer func() { cancel(); l.close() }()
+				l.send("video0", "ws://relay")
+				time.Sleep(25 * time.Second)
+				synctest.Wait()
+				if tt.most == 0 {
+					if !again.IsZero() {
+						t.Errorf("dialled again after %v: %s", again.Sub(opened), l.log)
+					}
+					return
+				}
+				const wait = 250 * time.Millisecond
+				if d := again.Sub(opened); again.IsZero() || d < tt.least || d > tt.most+wait {
+					t.Errorf("dialled again after %v, want %v to %v: %s", d, tt.least, tt.most, l.log)
+				}
+				if !strings.Contains(l.log.String(), tt.why) {
+					t.Errorf("got the log\n%swant %q", l.log, tt.why)
+				}
+			})
+		})
+	}
+}
+
+// TestClose: the code of the close frame, and how long the end takes, whether
+// the relay reads or is stuck.
+func TestClose(t *testing.T) {
+	tests := []struct {
+		name  string
+		stuck bool
+		end   func(l *lab)
+		want  int64
+	}{
+		{"removed", false, func(l *lab) { l.deleteDestination("0") }, 1000},
+		{"shutdown", false, func(l *lab) { l.end(errShutdown) }, 1001},
+		{"removed, stuck", true, func(l *lab) { l.deleteDestination("0") }, 0},
+		{"shutdown, stuck", true, func(l *lab) { l.end(errShutdown) }, 0},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var code atomic.Int64
+				l := newLab(t, func(_ int64, _ string, conn net.Conn) {
+					if tt.stuck {
+						accept(conn)
+						time.Sleep(time.Minute)
+						return
+					}
+					c, _ := serveRelay(conn, func([]byte) {})
+					code.Store(int64(c))
+				})
+				ctx, cancel := context.WithCancel(t.Context())
+				var filming sync.WaitGroup
+				filming.Go(func() { l.film(ctx, "video0", 50000) })
+				l.send("video0", "ws://relay")
+				time.Sleep(3 * time.Second)
+				cancel()
+				filming.Wait()
+				start := time.Now()
+				tt.end(l)
+				l.tasks.Wait()
+				if d := time.Since(start); d > 100*time.Millisecond {
+					t.Errorf("the end took %v, want 100 ms at most", d)
+				}
+				l.close()
+				if got := code.Load(); got != tt.want {
+					t.Errorf("got close code %d, want %d", got, tt.want)
+				}
+			})
+		})
+	}
+}
+
+// TestSameRule: an identical rule again does nothing to the connection;
+// another stream on the same URL replaces it at once.
+func TestSameRule(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(t, func(_ int64, _ string, conn net.Conn) { serveRelay(conn, func([]byte) {}) })
+		defer l.close()
+		l.send("video0", "ws://relay")
+		for range 10 {
+			time.Sleep(time.Second)
+			l.send("video0", "ws://relay")
+			l.send("/video0", "ws://relay")
+		}
+		if got := l.dials.Load(); got != 1 {
+			t.Errorf("got %d dials, want 1", got)
+		}
+		l.send("video1", "ws://relay")
+		time.Sleep(time.Second)
+		l.mux.mu.Lock()
+		defer l.mux.mu.Unlock()
+		if got := l.dials.Load(); got != 2 || len(l.mux.feeds) != 1 {
+			t.Errorf("got %d dials and %d feeds, want 2 and 1", got, len(l.mux.feeds))
+		}
+	})
+}
+
+// TestHandOver: between two healthy relays, 100 times, every frame reaches at
+// least one; the new one begins with a PAT and a keyframe. A new relay that is
+// dead costs the old one its connection after 2 s.
+func TestHandOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		got := make(map[ticks]bool) // frames, by PTS as it was posted
+		first := ticks(-1)
+		var dead atomic.Bool
+		relay := func(_ int64, host string, conn net.Conn) {
+			if dead.Load() && strings.HasPrefix(host, "dead") {
+				io.Copy(io.Discard, conn)
+				return
+			}
+			begun := false
+			serveRelay(conn, func(b []byte) {
+				mu.Lock()
+				defer mu.Unlock()
+				for p := packet(b); len(p) > 0; p = p[packetSize:] {
+					if !begun && p.pid() != patPID {
+						t.Errorf("%s: the first packet has PID %#x, want PAT", host, p.pid())
+					}
+					if pts, _ := timestamps(p.payload()); p.unitStart() && p.pid() == 0x100 && pts != nil {
+						if at := readTime(pts); first < 0 {
+							first = at
+						} else {
+							got[at] = true
+						}
+					}
+					begun = true
+				}
+			})
+		}
+		l := newLab(t, relay)
+		ctx, cancel := context.WithCancel(t.Context())
+		l.tasks.Go(func() { l.film(ctx, "video0", 5000) })
+		defer func() { cancel(); l.close() }()
+		l.send("video0", "ws://a")
+		for i := range 100 {
+			time.Sleep(time.Second + time.Duration(i)*7*time.Millisecond)
+			l.send("video0", []string{"ws://b", "ws://a"}[i%2])
+		}
+		time.Sleep(3 * time.Second)
+		mu.Lock()
+		last := ticks(0)
+		for at := range got {
+			last = max(last, at)
+		}
+		missing := 0
+		for at := first + 3600; at <= last; at += 3600 {
+			if !got[at] {
+				missing++
+			}
+		}
+		mu.Unlock()
+		if n := l.dials.Load(); missing > 0 || n != 101 || last-first < 100*second {
+			t.Errorf("%d frames of %d reached no relay, in %d dials", missing, (last-first)/3600, n)
+		}
+
+		dead.Store(true)
+		old := l.destinations["0"].destination
+		start := time.Now()
+		l.send("video0", "ws://dead")
+		<-old.quiet
+		if d := time.Since(start); d != maxTakeOver {
+			t.Errorf("beside a dead one the old relay was kept for %v, want 2 s", d)
+		}
+	})
+}
+
+// TestCounters holds I7 for a destination across connections that end.
+func TestCounters(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := 0
+		l := newLab(t, func(_ int64, _ string, conn net.Conn) {
+			serveRelay(conn, func([]byte) {
+				if n++; n%100 == 0 {
+					time.Sleep(1500 * time.Millisecond) // and the queue overflows
+				}
+				if n%350 == 0 {
+					conn.Close()
+				}
+			})
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		l.tasks.Go(func() { l.film(ctx, "video0", 5000) })
+		defer func() { cancel(); l.close() }()
+		l.send("video0", "ws://relay")
+		for range 100 {
+			time.Sleep(777 * time.Millisecond)
+			synctest.Wait()
+			c, queued := l.destinations["0"].count()
+			total := c.delivered + uint64(queued)
+			for _, d := range c.dropped {
+				total += d
+			}
+			if c.published != total {
+				t.Fatalf("I7: got %+v, %d queued", c, queued)
+			}
+		}
+		c, _ := l.destinations["0"].count()
+		if c.dropped[dropLag] == 0 || c.dropped[dropGate] == 0 || c.dropped[dropEnd] == 0 || c.delivered < 500 {
+			t.Errorf("got %+v, want drops of each cause", c)
+		}
+	})
+}
