@@ -10,6 +10,7 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
@@ -171,14 +172,14 @@ func (l *link) status() statusError {
 }
 
 // open does the TLS and the websocket handshake as a client.
-func (l *link) open(ctx context.Context, u *url.URL) (*websocket.Conn, error) {
+func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool) (*websocket.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	origin := url.URL{Scheme: "http", Host: u.Host}
 	if u.Scheme == "wss" {
 		origin.Scheme = "https"
 		conn := tls.Client(l.Conn, &tls.Config{
-			ServerName: u.Hostname(), MinVersion: tls.VersionTLS12,
+			ServerName: u.Hostname(), RootCAs: roots, MinVersion: tls.VersionTLS12,
 			NextProtos: []string{"http/1.1"}, DynamicRecordSizingDisabled: true,
 		})
 		l.cannotResume()
@@ -432,6 +433,7 @@ type destination struct {
 	url    *url.URL
 	mux    *mux
 	dial   func(ctx context.Context, network, address string) (net.Conn, error)
+	roots  *x509.CertPool
 	maxLag time.Duration
 	log    *slog.Logger
 
@@ -546,7 +548,7 @@ func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err
 	}
 	l := newLink(conn, d.log)
 	l.silence = maxSilence
-	ws, err := l.open(ctx, d.url)
+	ws, err := l.open(ctx, d.url, d.roots)
 	if err != nil {
 		conn.Close()
 		return false, err

@@ -150,7 +150,7 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 	g.Go(func() error {
 		<-ctx.Done()
 		end(errShutdown)
-		soon, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Second)
+		soon, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 		defer cancel()
 		if err := h.Shutdown(soon); err != nil {
 			h.Close()

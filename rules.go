@@ -6,6 +6,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -164,6 +165,7 @@ type rules struct {
 	ctx    context.Context // ends every destination
 	mux    *mux
 	dial   func(ctx context.Context, network, address string) (net.Conn, error)
+	roots  *x509.CertPool // that vouch for relays; nil: the system's
 	maxLag time.Duration
 	log    *slog.Logger
 	tasks  sync.WaitGroup // the goroutines of destinations and take-overs
@@ -282,7 +284,7 @@ func (r *rules) setDestination(rule destinationRule) (destinationRule, error) {
 		return rule, nil
 	}
 	d := &destination{
-		rule: rule, url: u, mux: r.mux, dial: r.dial, maxLag: r.maxLag,
+		rule: rule, url: u, mux: r.mux, dial: r.dial, roots: r.roots, maxLag: r.maxLag,
 		log: r.log.With("dest", string(rule.ID), "stream", rule.Stream, "url", u.Scheme+"://"+u.Host+u.EscapedPath()),
 	}
 	is := &running{destination: d}
