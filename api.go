@@ -27,7 +27,10 @@ import (
 	"golang.org/x/net/websocket"
 )
 
-const maxBody = 64 << 10 // bytes of a rule
+const (
+	maxBody     = 64 << 10 // bytes of a rule
+	bodyTimeout = 10 * time.Second
+)
 
 // server answers HTTP. Its handlers end when ctx does; tasks counts them, since
 // http.Server.Shutdown does not wait for hijacked connections.
@@ -238,6 +241,7 @@ func answer(w http.ResponseWriter, status int, v any) {
 // handle makes a route of a function whose result is answered as JSON.
 func (s *server) handle(pattern string, f func(*http.Request) (any, error)) {
 	s.routes.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+		http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
 		v, err := f(r)
 		if err != nil {
 			s.refuse(w, r, err)
@@ -343,7 +347,7 @@ func (s *server) publish(r *http.Request, interrupt func()) error {
 	}
 	defer onDone(s.ctx, interrupt)()
 	log := s.log.With("feed", name, "remote", r.RemoteAddr)
-	log.Info("publisher arrived", "agent", r.UserAgent())
+	log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
 	err = s.mux.publish(name, &publisher{interrupt: interrupt}, r.Body)
 	if s.ctx.Err() != nil {
 		err = errShutdown
@@ -407,7 +411,7 @@ func (s *server) in(w http.ResponseWriter, r *http.Request) {
 	}
 	s.upgrade(w, r, func(l *link, ws *websocket.Conn) error {
 		l.log = s.log.With("feed", name, "remote", r.RemoteAddr)
-		l.log.Info("publisher arrived", "agent", r.UserAgent())
+		l.log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
 		ctx, cancel := context.WithCancelCause(s.ctx)
 		defer cancel(nil)
 		p := &publisher{interrupt: func() { cancel(errReplaced) }}
@@ -438,7 +442,7 @@ func (s *server) out(w http.ResponseWriter, r *http.Request) {
 	}
 	s.upgrade(w, r, func(l *link, ws *websocket.Conn) error {
 		l.log = s.log.With("stream", name, "remote", r.RemoteAddr)
-		l.log.Info("reader arrived", "agent", r.UserAgent())
+		l.log.Info("reader arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
 		sub := l.subscribe(bare, s.maxLag)
 		s.mux.join(name, sub)
 		err := l.serve(s.ctx, sub, func() error { return discard(ws) }, func() {})

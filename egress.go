@@ -42,6 +42,7 @@ const (
 	stallStep    = time.Second     // how often progress is looked at
 	closeTimeout = 100 * time.Millisecond
 	healthyAfter = 5 * time.Second
+	maxReturn    = 400 * time.Millisecond
 	maxTakeOver  = 2 * time.Second
 
 	maxBatch  = 64 << 10 // bytes in one writev
@@ -553,11 +554,6 @@ func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err
 		conn.Close()
 		return false, err
 	}
-	if tell {
-		d.log.Info("connected")
-	} else { // it may be one that closes at once: tell when it has lasted
-		defer time.AfterFunc(healthyAfter, func() { d.log.Info("connected again") }).Stop()
-	}
 	s := l.subscribe(masked, d.maxLag)
 	s.live = d.isLive
 	d.mu.Lock()
@@ -565,6 +561,11 @@ func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err
 	d.mu.Unlock()
 	d.mux.join(d.rule.Stream, s)
 	opened := time.Now()
+	if tell {
+		d.log.Info("connected")
+	} else { // it may be one that closes at once: tell when it has lasted
+		defer time.AfterFunc(healthyAfter, func() { d.log.Info("connected again") }).Stop()
+	}
 	err = l.serve(ctx, s, func() error { return discard(ws) }, func() {
 		if ctx.Err() != nil {
 			d.hush()
@@ -589,7 +590,7 @@ type backoff struct {
 }
 
 // next draws the wait. A relay that can't be reached is on its way back: at
-// most 0.5 s, so that with keyframes twice a second there is video within 1 s
+// most 0.4 s, so that with keyframes twice a second there is video within 1 s
 // of its return. One that refuses will not mend by itself. Everything else
 // doubles, from 0.25 s to 10 s, until a connection was healthy.
 func (b *backoff) next(err error, healthy bool) time.Duration {
@@ -600,11 +601,11 @@ func (b *backoff) next(err error, healthy bool) time.Duration {
 	)
 	switch {
 	case errors.As(err, &dial):
-		return rand.N(500 * time.Millisecond)
+		return rand.N(maxReturn)
 	case errors.As(err, &status):
 		switch status.code {
 		case 502, 503, 504:
-			return rand.N(500 * time.Millisecond)
+			return rand.N(maxReturn)
 		case 401, 403, 404:
 			return 9*time.Second + rand.N(2*time.Second)
 		}

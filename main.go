@@ -166,15 +166,15 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 // the one that this machine has.
 func listen(host string, port int) (all []net.Listener, err error) {
 	config := net.ListenConfig{Control: limitUnsent}
-	hosts := []string{host}
+	hosts, anyPort := []string{host}, port == 0
 	if host == "" {
 		hosts = []string{"127.0.0.1", "::1"}
 	}
 	for _, h := range hosts {
 		l, e := config.Listen(context.Background(), "tcp", net.JoinHostPort(h, strconv.Itoa(port)))
 		if e != nil {
-			if h == "::1" && len(all) > 0 && !errors.Is(e, syscall.EADDRINUSE) {
-				continue // no IPv6 here
+			if h == "::1" && len(all) > 0 && (anyPort || !errors.Is(e, syscall.EADDRINUSE)) {
+				continue // no IPv6 here, or the port that was free on 127.0.0.1 is taken there
 			}
 			for _, l := range all {
 				l.Close()

@@ -181,11 +181,12 @@ type source struct {
 // outTrack is one elementary stream in the program.
 type outTrack struct {
 	track
-	out   uint16
-	shift byte  // from the feed's continuity counters to ours
-	fresh bool  // its next packet begins anew
-	dts   ticks // the last one; 0: none
-	skip  bool  // until its next PES
+	out    uint16
+	listed bool  // in the PMT
+	shift  byte  // from the feed's continuity counters to ours
+	fresh  bool  // its next packet begins anew
+	dts    ticks // the last one; 0: none
+	skip   bool  // until its next PES
 }
 
 // mark is where a PID stands: its last continuity counter.
@@ -266,7 +267,7 @@ func (x *remuxer) describe() bool {
 	b = binary.BigEndian.AppendUint16(b, 0xf000)
 	for _, s := range x.sources {
 		for _, t := range s.tracks {
-			if len(b)+5+len(t.descriptors)+4 > maxSection {
+			if t.listed = len(b)+5+len(t.descriptors)+4 <= maxSection; !t.listed {
 				continue // a program map is one section: there is no room
 			}
 			b = append(b, t.streamType)
@@ -394,7 +395,7 @@ func (x *remuxer) remux(s *source, chunk []byte, offset ticks) []byte {
 		if in.unitStart() {
 			t.skip = cutHeader(payload)
 		}
-		if t.skip {
+		if t.skip || !t.listed {
 			continue
 		}
 		cc := byte(in.continuity())

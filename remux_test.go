@@ -404,6 +404,7 @@ func TestClockMonotonic(t *testing.T) {
 			return ticks(i) * 3600, ticks(max(i, 350)) * 3600, false
 		}},
 		{"restarts", func(i int) (ticks, ticks, bool) { return ticks(i%100) * 3600, ticks(i) * 3700, i%100 == 0 }},
+		{"restarts of one that is ahead", func(i int) (ticks, ticks, bool) { return ticks(i%100) * 3600, ticks(i) * 3400, i%100 == 0 }},
 		{"a loop in one body", func(i int) (ticks, ticks, bool) { return ticks(i%100) * 3600, ticks(i) * 3600, false }},
 		{"an hour forward", func(i int) (ticks, ticks, bool) {
 			return ticks(i)*3600 + ticks(i/100)*3600*second, ticks(i) * 3600, false
@@ -423,6 +424,19 @@ func TestClockMonotonic(t *testing.T) {
 				last = out
 			}
 		})
+	}
+}
+
+// TestClockAhead: a feed that was more than 2 s ahead begins at now when it
+// restarts.
+func TestClockAhead(t *testing.T) {
+	var c clock
+	for i := range 200 {
+		c.follow(onePES(ticks(i)*3600), 10*second+ticks(i)*1000, i == 0)
+	}
+	now := 10*second + 200*1000
+	if offset, jumped := c.follow(onePES(0), now, true); offset != now || !jumped {
+		t.Errorf("got offset %d, jumped %v, want %d and true", offset, jumped, now)
 	}
 }
 
@@ -481,4 +495,34 @@ func FuzzStream(f *testing.F) {
 			}
 		}
 	})
+}
+
+// BenchmarkRemux: what a stream costs above a copy of the same bytes.
+func BenchmarkRemux(b *testing.B) {
+	chunk := testClip(12, 20000)
+	all, err := frames(bytes.NewReader(chunk))
+	if err != nil {
+		b.Fatal(err)
+	}
+	var x remuxer
+	f := &feed{}
+	x.arrange([]*feed{f}, time.Now())
+	s := x.source(f)
+	x.follow(s, all[0].info.program)
+	dst := make([]byte, len(chunk))
+	b.SetBytes(int64(len(chunk)))
+	b.ReportAllocs()
+	var remuxing, copying time.Duration
+	for b.Loop() {
+		start := time.Now()
+		x.remux(s, chunk, second)
+		middle := time.Now()
+		for p := 0; p < len(chunk); p += packetSize {
+			copy(dst[p:], chunk[p:p+packetSize])
+		}
+		remuxing += middle.Sub(start)
+		copying += time.Since(middle)
+	}
+	b.ReportMetric(float64(remuxing)/float64(copying), "ratio")
+	b.ReportMetric(float64(remuxing.Nanoseconds())/float64(b.N)/float64(len(chunk)/packetSize), "ns/packet")
 }
