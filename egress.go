@@ -150,7 +150,11 @@ func (l *link) Write(p []byte) (int, error) {
 // told once must read the same the next time.
 func plain(err error) error {
 	var op *net.OpError
-	if errors.As(err, &op) {
+	var call *os.SyscallError
+	switch {
+	case errors.As(err, &call):
+		return call
+	case errors.As(err, &op):
 		return fmt.Errorf("%s: %w", op.Op, op.Err)
 	}
 	return err

@@ -137,6 +137,12 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    32 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			if conn, err := c.(*net.TCPConn).SyscallConn(); err == nil {
+				limitUnsent("", "", conn)
+			}
+			return ctx
+		},
 	}
 	for _, l := range listeners {
 		log.Info("listening", "addr", l.Addr().String())
@@ -165,13 +171,12 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 // listen opens the port on an address; "" means both loopback addresses, or
 // the one that this machine has.
 func listen(host string, port int) (all []net.Listener, err error) {
-	config := net.ListenConfig{Control: limitUnsent}
 	hosts, anyPort := []string{host}, port == 0
 	if host == "" {
 		hosts = []string{"127.0.0.1", "::1"}
 	}
 	for _, h := range hosts {
-		l, e := config.Listen(context.Background(), "tcp", net.JoinHostPort(h, strconv.Itoa(port)))
+		l, e := net.Listen("tcp", net.JoinHostPort(h, strconv.Itoa(port)))
 		if e != nil {
 			if h == "::1" && len(all) > 0 && (anyPort || !errors.Is(e, syscall.EADDRINUSE)) {
 				continue // no IPv6 here, or the port that was free on 127.0.0.1 is taken there

@@ -14,8 +14,8 @@ const (
 
 // limitUnsent makes a TCP socket writable only while fewer than 16 KiB of it
 // are unsent, so that the kernel does not hoard seconds of video for a reader
-// that has stalled. It does not limit what is in flight. Accepted sockets
-// inherit it from their listener.
+// that has stalled. It does not limit what is in flight. Accepted sockets do
+// not inherit it.
 func limitUnsent(_, _ string, c syscall.RawConn) error {
 	// A kernel that does not know it works as well, only less fresh.
 	return c.Control(func(fd uintptr) {
