@@ -350,13 +350,13 @@ func (l *link) patience() time.Duration {
 
 // write hands l.iov to the connection: one writev, or one write of a record.
 func (l *link) write() (int, error) {
+	if len(l.iov) == 1 {
+		return l.Conn.Write(l.iov[0])
+	}
 	if l.resumes {
 		l.vec = l.iov
 		n, err := l.vec.WriteTo(l.Conn)
 		return int(n), err
-	}
-	if len(l.iov) == 1 {
-		return l.Conn.Write(l.iov[0])
 	}
 	l.buf = l.buf[:0]
 	for _, b := range l.iov {

@@ -52,8 +52,11 @@ func ffmpegClip(t *testing.T, kbit, n int) clip {
 	}
 	for i, m := range all {
 		c.frames = append(c.frames, m.payload())
-		at, _, _ := chunkPTS(m.payload())
-		c.pts[at] = i
+		for p := packet(m.payload()); len(p) > 0; p = p[packetSize:] {
+			if pts, _ := timestamps(p.payload()); p.unitStart() && pts != nil {
+				c.pts[readTime(pts)] = i
+			}
+		}
 	}
 	return c
 }

@@ -72,11 +72,22 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	defer context.AfterFunc(ctx, stop)() // a second signal ends the program at once
+	tuneGC()
 	if err := serve(ctx, set, log); err != nil {
 		log.Error("vw ends", "err", err)
 		return 1
 	}
 	return 0
+}
+
+// tuneGC collects garbage four times as seldom as Go would, while all memory
+// stays under 64 MiB. Messages live for milliseconds: at 400 Mbit/s this is a
+// tenth of the CPU. It keeps out of the way of who sets GOGC or GOMEMLIMIT.
+func tuneGC() {
+	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetGCPercent(400)
+		debug.SetMemoryLimit(64 << 20)
+	}
 }
 
 // version is what go build knows of the source.

@@ -498,11 +498,13 @@ type feed struct {
 	name  string
 	epoch time.Time // when vw's clock was 0
 
-	mu      sync.Mutex
-	pub     *publisher // nil: nobody publishes
-	clock   clock
-	subs    []*subscriber
-	streams []*stream
+	mu        sync.Mutex
+	pub       *publisher // nil: nobody publishes
+	clock     clock
+	held      []*message // what streams get when the clock is ready
+	heldBytes int
+	subs      []*subscriber
+	streams   []*stream
 }
 
 // publish hands m to the readers of f, unless pub is no longer its publisher.
@@ -514,14 +516,31 @@ func (f *feed) publish(pub *publisher, m *message) {
 	if f.pub != pub {
 		return
 	}
-	now := toTicks(m.at.Sub(f.epoch))
-	offset, jumped := f.clock.follow(m.payload(), now, m.first)
 	for _, s := range f.subs {
 		s.offer(m)
 	}
-	for _, st := range f.streams {
-		st.publish(m, now, offset, jumped)
+	now := toTicks(m.at.Sub(f.epoch))
+	offset, jumped, ready := f.clock.follow(m.payload(), m.info, now, m.first)
+	f.held = append(f.held, m)
+	f.heldBytes += m.size
+	if f.heldBytes > maxFrame && !ready { // as much as this is no start-up
+		offset, jumped = f.clock.hurry(m.info, now)
+		ready = true
 	}
+	if ready {
+		f.release(m.at, now, offset, jumped)
+	}
+}
+
+// release hands what was held to the streams, as of now; mu is held.
+func (f *feed) release(at time.Time, now, offset ticks, jumped bool) {
+	for i, m := range f.held {
+		for _, st := range f.streams {
+			st.publish(m, at, now, offset, jumped && i == 0)
+		}
+	}
+	clear(f.held)
+	f.held, f.heldBytes = f.held[:0], 0
 }
 
 // stream is a named set of feeds as one program, and who reads it. It exists
@@ -537,8 +556,9 @@ type stream struct {
 	subs  []*subscriber
 }
 
-// publish puts a message of one of the stream's feeds into its program.
-func (st *stream) publish(m *message, now, offset ticks, jumped bool) {
+// publish puts a message of one of the stream's feeds into its program, at a
+// time that is now on vw's clock.
+func (st *stream) publish(m *message, at time.Time, now, offset ticks, jumped bool) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	src := st.remux.source(m.feed)
@@ -557,7 +577,7 @@ func (st *stream) publish(m *message, now, offset ticks, jumped bool) {
 	}
 	src.gate.open = true
 	if st.remux.follow(src, m.info.program) || m.info.key || now-st.remux.sent >= psiEvery {
-		st.sendPSI(m.at, now)
+		st.sendPSI(at, now)
 	}
 	info := m.info
 	info.lead = true
@@ -565,7 +585,7 @@ func (st *stream) publish(m *message, now, offset ticks, jumped bool) {
 		info.marks = st.remux.marks(src)
 	}
 	if b := st.remux.remux(src, m.payload(), offset); len(b) > 0 {
-		out := newMessage(b, m.at, info)
+		out := newMessage(b, at, info)
 		out.feed = m.feed
 		st.offer(out)
 	}
@@ -671,6 +691,7 @@ func (x *mux) attach(name string, pub *publisher) *feed {
 		f.pub.replace()
 	}
 	f.pub = pub
+	f.held, f.heldBytes = nil, 0
 	return f
 }
 
@@ -680,6 +701,12 @@ func (x *mux) detach(f *feed, pub *publisher) {
 	defer x.mu.Unlock()
 	f.mu.Lock()
 	if f.pub == pub {
+		if len(f.held) > 0 {
+			at := time.Now()
+			now := toTicks(at.Sub(f.epoch))
+			offset, jumped := f.clock.hurry(f.held[0].info, now)
+			f.release(at, now, offset, jumped)
+		}
 		f.pub = nil
 	}
 	f.mu.Unlock()

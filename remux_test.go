@@ -366,9 +366,12 @@ func TestClockDrift(t *testing.T) {
 			capture := ticks(i * 3600)
 			pts := (capture + ticks(i*3600*ppm/1_000_000) + wrap - 5*second) & (wrap - 1) // wraps soon, and again
 			writeTime(field, pts)
-			offset, jumped := c.follow(chunk, 1000+capture+ticks(r.IntN(1800)), i == 0)
-			if jumped != (i == 0) {
-				t.Fatalf("frame %d: jumped is %v", i, jumped)
+			offset, jumped, ready := c.follow(chunk, chunkInfo{hasVideo: true}, 1000+capture+ticks(r.IntN(1800)), i == 0)
+			if !ready && i < 10 {
+				continue
+			}
+			if !ready || jumped && i > 10 {
+				t.Fatalf("frame %d: ready is %v, jumped %v", i, ready, jumped)
 			}
 			off := signed33(pts + offset - capture)
 			if i == 25*20 {
@@ -414,14 +417,25 @@ func TestClockMonotonic(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			var c clock
 			last := ticks(-1 << 60)
+			var held []ticks
 			for i := range 1000 {
 				pts, at, restarted := tt.frame(i)
-				offset, _ := c.follow(onePES(pts), 10*second+at, restarted || i == 0)
-				out := pts + offset // near enough to now: not wrapped
-				if out <= last {
-					t.Fatalf("frame %d: got %d after %d", i, out, last)
+				held = append(held, pts)
+				offset, _, ready := c.follow(onePES(pts), chunkInfo{hasVideo: true}, 10*second+at, restarted || i == 0)
+				if !ready && len(held) < 50 {
+					continue
 				}
-				last = out
+				if !ready {
+					offset, _ = c.hurry(chunkInfo{hasVideo: true}, 10*second+at)
+				}
+				for _, pts := range held {
+					if out := pts + offset; out <= last { // near enough to now: not wrapped
+						t.Fatalf("frame %d: got %d after %d", i, out, last)
+					} else {
+						last = out
+					}
+				}
+				held = held[:0]
 			}
 		})
 	}
@@ -432,11 +446,46 @@ func TestClockMonotonic(t *testing.T) {
 func TestClockAhead(t *testing.T) {
 	var c clock
 	for i := range 200 {
-		c.follow(onePES(ticks(i)*3600), 10*second+ticks(i)*1000, i == 0)
+		c.follow(onePES(ticks(i)*3600), chunkInfo{hasVideo: true}, 10*second+ticks(i)*1000, i == 0)
 	}
-	now := 10*second + 200*1000
-	if offset, jumped := c.follow(onePES(0), now, true); offset != now || !jumped {
-		t.Errorf("got offset %d, jumped %v, want %d and true", offset, jumped, now)
+	now := 10*second + ticks(200*1000)
+	for i := range ticks(6) {
+		offset, jumped, ready := c.follow(onePES(i*3600), chunkInfo{hasVideo: true}, now+i*3600, i == 0)
+		if ready != (i >= 4) || ready && (offset != now || jumped != (i == 4)) {
+			t.Errorf("frame %d: got offset %d, jumped %v, ready %v, want %d from 150 ms on", i, offset, jumped, ready, now)
+		}
+	}
+}
+
+// TestClockStart: the late first frames of a publisher do not move the rest,
+// and sound is where its end was when it arrived.
+func TestClockStart(t *testing.T) {
+	tests := []struct {
+		name string
+		info chunkInfo
+		step ticks // between two PES
+		late []ticks
+		want ticks
+	}{
+		{"video", chunkInfo{hasVideo: true}, 3600, []ticks{4000, 2000, 0, 900, 0, 0}, 0},
+		{"sound", chunkInfo{}, 2160, []ticks{4000, 0, 0, 300, 0, 0, 0, 0, 0, 0, 0}, -2160},
+		{"AAC", chunkInfo{program: &program{tracks: []track{{streamType: 0x0f}}}}, 1920, []ticks{4000, 0, 0, 300, 0, 0, 0, 0, 0, 0, 0}, -1920 - lookAhead},
+		{"sound in long PES", chunkInfo{}, 33300, []ticks{0, 0}, -33300},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			var c clock
+			for i, late := range tt.late {
+				dts := ticks(i) * tt.step
+				offset, _, ready := c.follow(onePES(dts), tt.info, 10*second+dts+late, i == 0)
+				if ready && offset != 10*second+tt.want {
+					t.Errorf("PES %d: got offset %d, want %d", i, offset-10*second, tt.want)
+				}
+				if i == len(tt.late)-1 && !ready {
+					t.Error("never ready")
+				}
+			}
+		})
 	}
 }
 
@@ -476,9 +525,10 @@ func FuzzStream(f *testing.F) {
 			fd := b.attach(name, p)
 			all, _ := frames(bytes.NewReader(in))
 			for i, m := range all {
-				m.first = i == 0
+				m.at, m.first = b.at.Add(time.Duration(i)*40*time.Millisecond), i == 0
 				fd.publish(p, m)
 			}
+			b.detach(fd, p)
 		}
 		out := b.got()
 		if len(out)%packetSize != 0 {

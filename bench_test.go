@@ -1,0 +1,515 @@
+// Benchmarks: what vw costs beside a raw relay, the latency that it adds, and
+// what it costs to cut a feed into frames.
+//
+// vw, the raw relay and the receivers are processes of their own, so that the
+// CPU time of each is its own. The latter two are this test binary, started
+// again with VW_TEST_ROLE set.
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha1"
+	"encoding/base64"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+func init() {
+	role := map[string]func(){"rawrelay": rawRelay, "receivers": receivers}[os.Getenv("VW_TEST_ROLE")]
+	if role != nil {
+		role()
+		os.Exit(0)
+	}
+}
+
+const benchReaders = 16
+
+// rawRelay is what vw is measured against: the body of a POST, read by 64 KiB,
+// goes to each of 16 connections with one plain Write. Plays until its
+// standard input ends; os.Args[1] is the address to dial.
+func rawRelay() {
+	var readers [benchReaders]net.Conn
+	for i := range readers {
+		readers[i] = must(net.Dial("tcp", os.Args[1]))
+	}
+	l := must(net.Listen("tcp", "127.0.0.1:0"))
+	fmt.Println(l.Addr())
+	go http.Serve(l, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		buf := make([]byte, 64<<10)
+		for {
+			n, err := r.Body.Read(buf)
+			for _, c := range readers {
+				must(c.Write(buf[:n]))
+			}
+			if err != nil {
+				return
+			}
+		}
+	}))
+	io.Copy(io.Discard, os.Stdin)
+}
+
+// receivers accepts connections, plain or websocket, and discards what they
+// carry. For each line of its standard input it says how many bytes that was.
+func receivers() {
+	l := must(net.Listen("tcp", "127.0.0.1:0"))
+	fmt.Println(l.Addr())
+	var total atomic.Int64
+	go func() {
+		for {
+			conn := must(l.Accept())
+			go func() {
+				r := bufio.NewReader(conn)
+				ws := false
+				if b, _ := r.Peek(4); string(b) == "GET " {
+					ws = true
+					acceptWebsocket(conn, r)
+				}
+				total.Add(int64(r.Buffered()))
+				buf := make([]byte, 64<<10)
+				var pong time.Time
+				for {
+					n, err := conn.Read(buf)
+					total.Add(int64(n))
+					if err != nil {
+						return
+					}
+					if ws && time.Since(pong) > pongEvery {
+						pong = sendPong(conn)
+					}
+				}
+			}()
+		}
+	}()
+	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
+		fmt.Println(total.Load())
+	}
+}
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+// acceptWebsocket does the opening handshake as a server. RFC 6455 4.2.2.
+func acceptWebsocket(w io.Writer, r *bufio.Reader) {
+	request := must(http.ReadRequest(r))
+	sum := sha1.Sum([]byte(request.Header.Get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
+	fmt.Fprintf(w, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n",
+		base64.StdEncoding.EncodeToString(sum[:]))
+}
+
+const pongEvery = 1800 * time.Millisecond // a little more often than vw pings
+
+// sendPong shows that somebody is there, asked or not. RFC 6455 5.5.3.
+func sendPong(w io.Writer) time.Time {
+	w.Write([]byte{0x8a, 0})
+	return time.Now()
+}
+
+// benchChild starts a process that plays a role until the benchmark ends. ask
+// reads the next line that it says, after the first, which is its address.
+func benchChild(b *testing.B, role string, args ...string) (pid int, addr string, ask func() string) {
+	cmd := exec.Command(os.Args[0], args...)
+	cmd.Env = append(os.Environ(), "VW_TEST_ROLE="+role)
+	cmd.Stderr = os.Stderr
+	in, err1 := cmd.StdinPipe()
+	out, err2 := cmd.StdoutPipe()
+	if err := cmd.Start(); err != nil || err1 != nil || err2 != nil {
+		b.Fatal(err, err1, err2)
+	}
+	b.Cleanup(func() {
+		in.Close()
+		cmd.Wait()
+	})
+	lines := bufio.NewScanner(out)
+	say := func() string {
+		if !lines.Scan() {
+			b.Fatalf("%s ended: %v", role, lines.Err())
+		}
+		return lines.Text()
+	}
+	return cmd.Process.Pid, say(), func() string {
+		in.Write([]byte("\n"))
+		return say()
+	}
+}
+
+// benchBinary is the path of vw, built once.
+var benchBinary = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "vw-bench")
+	if err != nil {
+		return "", err
+	}
+	name := filepath.Join(dir, "vw")
+	if out, err := exec.Command("go", "build", "-o", name, ".").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("go build: %w\n%s", err, out)
+	}
+	return name, nil
+})
+
+// benchVW starts vw, which sends the feed "bench" to n destinations at relay.
+func benchVW(b *testing.B, n int, relay string) (pid int, addr string) {
+	name, err := benchBinary()
+	if err != nil {
+		b.Fatal(err)
+	}
+	cmd := exec.Command(name, "stream")
+	cmd.Env = append(os.Environ(), "VW_PORT=0")
+	log, err := cmd.StderrPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	var logged sync.WaitGroup
+	b.Cleanup(func() {
+		cmd.Process.Signal(syscall.SIGTERM)
+		logged.Wait()
+		cmd.Wait()
+	})
+	lines := bufio.NewScanner(log)
+	for lines.Scan() && !strings.Contains(lines.Text(), "addr=127.0.0.1:") {
+	}
+	_, addr, _ = strings.Cut(lines.Text(), "addr=")
+	logged.Go(func() {
+		for lines.Scan() {
+			if strings.Contains(lines.Text(), "level=WARN") {
+				fmt.Fprintln(os.Stderr, lines.Text())
+			}
+		}
+	})
+	for i := range n {
+		rule := fmt.Sprintf(`{"id":%d,"stream":"bench","destination":"ws://%s/"}`, i, relay)
+		r, err := http.Post("http://"+addr+"/api/destinations", "", strings.NewReader(rule))
+		if err != nil || r.StatusCode != http.StatusOK {
+			b.Fatal(err, r)
+		}
+		r.Body.Close()
+	}
+	return cmd.Process.Pid, addr
+}
+
+// cpuTime is what the threads of a process have used. Linux only.
+func cpuTime(b *testing.B, pid int) (d time.Duration) {
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
+	if len(threads) == 0 {
+		b.Skip("no schedstat: the CPU time of a process is not known here")
+	}
+	for _, name := range threads {
+		var ns int64
+		line, _ := os.ReadFile(name)
+		fmt.Sscan(string(line), &ns)
+		d += time.Duration(ns)
+	}
+	return d
+}
+
+// benchClip makes a valid feed, with one video track as ffmpeg would write it:
+// PSI before each keyframe, PES that do not say their length, stuffing in the
+// last packet of each.
+type benchClip struct {
+	packets int           // of one frame
+	every   time.Duration // from frame to frame
+
+	frames  int
+	psiCC   byte
+	videoCC byte
+	buf     []byte
+}
+
+var benchNoise = func() (b [packetSize]byte) {
+	for i := range b {
+		b[i] = byte(rand.Uint32())
+	}
+	return b
+}()
+
+// next returns the next frame; it is valid until the one after it. Its last 8
+// bytes are its number.
+func (c *benchClip) next() []byte {
+	b := c.buf[:0]
+	pts := 126000 + uint64(c.every*time.Duration(c.frames)*9/100000)
+	pcr := pts - 63000
+	field := []byte{7, 0x10, byte(pcr >> 25), byte(pcr >> 17), byte(pcr >> 9), byte(pcr >> 1), byte(pcr<<7) | 0x7e, 0}
+	if c.frames%12 == 0 {
+		b = append(b, benchSection(patPID, c.psiCC, "\x00\xb0\x0d\x00\x01\xc1\x00\x00\x00\x01\xf0\x00")...)
+		b = append(b, benchSection(0x1000, c.psiCC, "\x02\xb0\x12\x00\x01\xc1\x00\x00\xe1\x00\xf0\x00\x01\xe1\x00\xf0\x00")...)
+		c.psiCC++
+		field[1] |= 0x40
+	}
+	for i := range c.packets {
+		head := append(make([]byte, 0, 32), syncByte, 0x01, 0x00, 0x10|c.videoCC&15)
+		c.videoCC++
+		switch i {
+		case 0:
+			head[1] |= 0x40
+			head[3] |= 0x20
+			head = append(append(head, field...), 0, 0, 1, 0xe0, 0, 0, 0x80, 0x80, 5,
+				0x21|byte(pts>>29)&0x0e, byte(pts>>22), byte(pts>>14)|1, byte(pts>>7), byte(pts<<1)|1)
+		case c.packets - 1:
+			head[3] |= 0x20
+			head = append(head, 3, 0, 0xff, 0xff)
+		}
+		b = append(append(b, head...), benchNoise[len(head):]...)
+	}
+	binary.BigEndian.PutUint64(b[len(b)-8:], uint64(c.frames))
+	c.frames++
+	c.buf = b
+	return b
+}
+
+// benchSection is a packet that holds one section.
+func benchSection(pid uint16, cc byte, section string) []byte {
+	b := append([]byte{syncByte, 0x40 | byte(pid>>8), byte(pid), 0x10 | cc&15, 0}, section...)
+	b = binary.BigEndian.AppendUint32(b, crc32MPEG([]byte(section)))
+	return append(b, bytes.Repeat([]byte{0xff}, packetSize-len(b))...)
+}
+
+// benchPost is a chunked POST that is written as ffmpeg does: a frame is one
+// chunk, or more where it has more than 32,768 bytes.
+type benchPost struct {
+	net.Conn
+	clip  benchClip
+	chunk []byte
+}
+
+func newBenchPost(b *testing.B, addr string, frame int, every time.Duration) *benchPost {
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { conn.Close() })
+	fmt.Fprintf(conn, "POST /ts/bench HTTP/1.1\r\nHost: %s\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n", addr)
+	return &benchPost{Conn: conn, clip: benchClip{packets: frame/packetSize + 1, every: every}}
+}
+
+// feed posts frames in real time, and returns how many bytes they had.
+func (p *benchPost) feed(b *testing.B, frames int, sending func(frame int)) (n int64) {
+	start := time.Now()
+	for i := range frames {
+		time.Sleep(time.Until(start.Add(time.Duration(i) * p.clip.every)))
+		frame := p.clip.next()
+		n += int64(len(frame))
+		for part := range slices.Chunk(frame, 32768) {
+			p.chunk = fmt.Appendf(p.chunk[:0], "%x\r\n%s\r\n", len(part), part)
+			sending(p.clip.frames - 1)
+			if _, err := p.Write(p.chunk); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	return n
+}
+
+// BenchmarkRelay: CPU seconds per delivered GB, to 16 readers, of vw and of a
+// raw relay, which are fed the same post in turns.
+func BenchmarkRelay(b *testing.B) {
+	for _, c := range []struct {
+		name  string
+		frame int // bytes
+		every time.Duration
+	}{
+		{"8Mbit", 40_000, 40 * time.Millisecond},
+		{"400Mbit", 100_000, 2 * time.Millisecond},
+	} {
+		b.Run(c.name, func(b *testing.B) { benchRelay(b, c.frame, c.every) })
+	}
+}
+
+func benchRelay(b *testing.B, frame int, every time.Duration) {
+	const rounds, window = 3, 5 * time.Second
+	_, relay, count := benchChild(b, "receivers")
+	total := func() (n int64) {
+		fmt.Sscan(count(), &n)
+		return n
+	}
+	rawPID, rawAddr, _ := benchChild(b, "rawrelay", relay)
+	vwPID, vwAddr := benchVW(b, benchReaders, relay)
+	vw, raw := newBenchPost(b, vwAddr, frame, every), newBenchPost(b, rawAddr, frame, every)
+	// cost is for what is fed in d, from quiet to quiet.
+	cost := func(p *benchPost, pid int, d time.Duration) float64 {
+		cpu, before := cpuTime(b, pid), total()
+		fed := p.feed(b, int(d/every), func(int) {})
+		time.Sleep(200 * time.Millisecond)
+		cpu, got := cpuTime(b, pid)-cpu, total()-before
+		if want := fed * benchReaders; got < want*999/1000 {
+			b.Logf("delivered %d of %d bytes", got, want)
+		}
+		return cpu.Seconds() / float64(got) * 1e9
+	}
+	cost(vw, vwPID, time.Second)
+	cost(raw, rawPID, time.Second)
+	var vws, raws, ratios []float64
+	for b.Loop() {
+		for range rounds {
+			v, r := cost(vw, vwPID, window), cost(raw, rawPID, window)
+			vws, raws, ratios = append(vws, v), append(raws, r), append(ratios, v/r)
+		}
+	}
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(quantile(vws, 0.5), "vw-CPU-s/GB")
+	b.ReportMetric(quantile(raws, 0.5), "raw-CPU-s/GB")
+	b.ReportMetric(quantile(ratios, 0.5), "ratio")
+}
+
+func quantile(v []float64, q float64) float64 {
+	v = slices.Sorted(slices.Values(v))
+	return v[int(q*float64(len(v)-1))]
+}
+
+// BenchmarkLatency: from before the write of the last byte of a frame to vw,
+// until its last byte is read at the relay, at 1 Mbit/s.
+func BenchmarkLatency(b *testing.B) {
+	for _, n := range []int{1, 20} {
+		b.Run(fmt.Sprintf("destinations=%d", n), func(b *testing.B) { benchLatency(b, n) })
+	}
+}
+
+func benchLatency(b *testing.B, destinations int) {
+	const frames, every = 500, 10 * time.Millisecond
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	base := time.Now()
+	var mu sync.Mutex
+	got := make(map[int][]time.Duration) // by frame
+	var readers sync.WaitGroup
+	b.Cleanup(readers.Wait)
+	b.Cleanup(func() { l.Close() })
+	_, addr := benchVW(b, destinations, l.Addr().String())
+	for range destinations {
+		conn, err := l.Accept()
+		if err != nil {
+			b.Fatal(err)
+		}
+		readers.Go(func() {
+			defer conn.Close()
+			readFrames(conn, func(frame int, at time.Time) {
+				mu.Lock()
+				defer mu.Unlock()
+				got[frame] = append(got[frame], at.Sub(base))
+			})
+		})
+	}
+	time.Sleep(100 * time.Millisecond) // the handshakes
+	post := newBenchPost(b, addr, 5_000, every)
+	post.feed(b, 100, func(int) {})
+	sent := make(map[int]time.Duration)
+	for b.Loop() {
+		post.feed(b, frames, func(frame int) { sent[frame] = time.Since(base) })
+		time.Sleep(100 * time.Millisecond)
+	}
+	var took []float64 // microseconds
+	mu.Lock()
+	defer mu.Unlock()
+	for frame, at := range sent {
+		for _, t := range got[frame] {
+			took = append(took, float64(t-at)/1e3)
+		}
+	}
+	if want := len(sent) * destinations; len(took) != want {
+		b.Errorf("%d frames arrived, want %d", len(took), want)
+	}
+	b.ReportMetric(0, "ns/op")
+	for _, p := range []int{50, 95, 99} {
+		b.ReportMetric(quantile(took, float64(p)/100), fmt.Sprintf("p%d-us", p))
+	}
+}
+
+// readFrames is a relay: it calls arrived for each frame of what vw sends,
+// with the time at which its message was whole.
+func readFrames(conn net.Conn, arrived func(frame int, at time.Time)) {
+	r := bufio.NewReaderSize(conn, 64<<10)
+	acceptWebsocket(conn, r)
+	var head [14]byte // RFC 6455 5.2
+	var payload []byte
+	pong := time.Now()
+	for {
+		if _, err := io.ReadFull(r, head[:2]); err != nil {
+			return
+		}
+		more := map[byte]int{126: 2, 127: 8}[head[1]&0x7f]
+		if _, err := io.ReadFull(r, head[2:2+more+4]); err != nil {
+			return
+		}
+		size := int(head[1] & 0x7f)
+		if more > 0 {
+			size = int(binary.BigEndian.Uint64(append(make([]byte, 8-more), head[2:2+more]...)))
+		}
+		payload = slices.Grow(payload[:0], size)[:size]
+		if _, err := io.ReadFull(r, payload); err != nil {
+			return
+		}
+		at := time.Now()
+		for i := range payload {
+			payload[i] ^= head[2+more+i&3]
+		}
+		for p := range slices.Chunk(payload, packetSize) {
+			if p := packet(p); head[0]&0xf == opBinary && p.stuffed() {
+				arrived(int(binary.BigEndian.Uint64(p[packetSize-8:])), at)
+			}
+		}
+		if time.Since(pong) > pongEvery {
+			pong = sendPong(conn)
+		}
+	}
+}
+
+// BenchmarkFramer: what it costs to cut a feed into messages, and how often
+// the time of a plain copy that is.
+func BenchmarkFramer(b *testing.B) {
+	for _, size := range []int{5_000, 40_000} {
+		b.Run(fmt.Sprintf("frame=%d", size), func(b *testing.B) {
+			clip := benchClip{packets: size/packetSize + 1, every: 40 * time.Millisecond}
+			var all []byte
+			for len(all) < 4<<20 {
+				all = append(all, clip.next()...)
+			}
+			got := 0
+			f := newFramer(func(m *message) { got += m.size })
+			r := bytes.NewReader(nil)
+			b.SetBytes(int64(len(all)))
+			b.ReportAllocs()
+			for b.Loop() {
+				for r.Reset(all); r.Len() > 0; {
+					if err := f.read(r); err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+			if got != b.N*len(all) {
+				b.Fatalf("got %d bytes, want %d", got, b.N*len(all))
+			}
+			took := b.Elapsed()
+			buf := make([]byte, readSize)
+			start := time.Now()
+			for range b.N {
+				for r.Reset(all); r.Len() > 0; {
+					r.Read(buf)
+				}
+			}
+			b.ReportMetric(float64(took)/float64(time.Since(start)), "ratio")
+		})
+	}
+}
