@@ -99,7 +99,6 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	own := muxAnswer{header: w.Header(), status: http.StatusOK}
 	h.ServeHTTP(&own, r)
-	w.Header().Del("X-Content-Type-Options")
 	if own.status == http.StatusMethodNotAllowed {
 		s.refuse(w, r, notAllowed(w, r))
 		return
@@ -232,6 +231,7 @@ func answer(w http.ResponseWriter, status int, v any) {
 	if err := e.Encode(v); err != nil {
 		panic(err) // what we answer can be encoded
 	}
+	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(bodyTimeout)) // its peer may not read
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(status)
@@ -508,6 +508,7 @@ func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	conn.SetWriteDeadline(time.Now().Add(time.Second)) // its peer may not read
 	h.link = newLink(conn, h.log)
 	h.link.opening, h.link.budget = true, maxHandshake
 	var early io.Reader = h.link

@@ -160,6 +160,7 @@ func TestAPIErrors(t *testing.T) {
 		{`POST /api/streams {"stream":"stream/x","feeds":null}`, 400, `"feeds" is missing`},
 		{`POST /api/streams {"stream":"stream/x","feeds":"video0"}`, 400, "cannot unmarshal string"},
 		{`POST /api/streams {"stream":"stream/x","feeds":["a","/a"]}`, 400, `"a" is there twice`},
+		{`POST /api/streams {"stream":"stream/x","feeds":["a"` + strings.Repeat(`,"a"`, maxFeeds) + `]}`, 400, "65 feeds"},
 		{"POST /api/streams " + strings.Repeat(" ", maxBody) + "{}", 413, "65536"},
 		{"POST /api/streams " + strings.Repeat("[", 60000), 400, "JSON"},
 		{stream(""), 400, "missing"},

@@ -239,6 +239,7 @@ func onDone(ctx context.Context, f func()) (release func()) {
 // closes, and the send loop in this one. It calls quiet when nothing of the
 // media will be written any more, closes the connection, and returns why.
 func (l *link) serve(ctx context.Context, s *subscriber, read func() error, quiet func()) error {
+	removed := ctx.Done()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var reader sync.WaitGroup
@@ -254,7 +255,7 @@ func (l *link) serve(ctx context.Context, s *subscriber, read func() error, quie
 	})
 	cancel(l.send(ctx, s))
 	why := context.Cause(ctx)
-	l.close(why, s, gone, quiet)
+	l.close(why, s, gone, removed, quiet)
 	return why
 }
 
@@ -382,7 +383,7 @@ func closeCode(why error) uint16 {
 
 // close ends the connection: with a close frame where one can be read soon,
 // else so that the kernel sends nothing more.
-func (l *link) close(why error, s *subscriber, gone <-chan struct{}, quiet func()) {
+func (l *link) close(why error, s *subscriber, gone, removed <-chan struct{}, quiet func()) {
 	defer l.Conn.Close()
 	code := closeCode(why)
 	l.SetWriteDeadline(time.Now().Add(closeTimeout))
@@ -394,7 +395,7 @@ func (l *link) close(why error, s *subscriber, gone <-chan struct{}, quiet func(
 			torn = err != nil
 		}
 	}
-	stuck := code != 1001 && l.tcp != nil && unsent(l.tcp) > 0
+	stuck := code != 1001 && why != errTakenOver && l.tcp != nil && unsent(l.tcp) > 0
 	if code == 0 || torn || stuck || l.sendClose(code) != nil {
 		if l.tcp != nil {
 			l.tcp.SetLinger(0)
@@ -404,15 +405,23 @@ func (l *link) close(why error, s *subscriber, gone <-chan struct{}, quiet func(
 		return
 	}
 	quiet()
-	timeout := time.NewTimer(closeTimeout)
+	wait := closeTimeout
+	if why == errTakenOver {
+		wait = maxTakeOver // what the kernel holds is on no other connection
+	} else {
+		removed = nil
+	}
+	timeout := time.NewTimer(wait)
 	defer timeout.Stop()
 	select {
 	case <-gone:
+		return
+	case <-removed:
 	case <-timeout.C:
-		if l.tcp != nil {
-			l.tcp.SetLinger(0)
-			l.tcp.Close()
-		}
+	}
+	if l.tcp != nil {
+		l.tcp.SetLinger(0)
+		l.tcp.Close()
 	}
 }
 
@@ -532,8 +541,12 @@ func (e lost) Unwrap() error { return e.error }
 // failure is what kind of failure err is, for the log: an open connection can
 // be lost in many words.
 func failure(err error) string {
-	if errors.As(err, new(lost)) {
+	var dns *net.DNSError // it quotes the port of the query
+	switch {
+	case errors.As(err, new(lost)):
 		return "lost"
+	case errors.As(err, &dns):
+		return "lookup " + dns.Name
 	}
 	return err.Error()
 }

@@ -6,6 +6,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -25,12 +26,14 @@ const (
 	maxHunt    = 64 << 10 // bytes in which a body must show that it is MPEG-TS
 	lockAfter  = 5        // packets in a row that begin with 0x47, to begin with
 	relockWith = 3        // and after a loss
+	maxWaits   = 64       // PES that begin while one stays open: a track that stopped, or two that always overlap
 )
 
 // chunkInfo is what the readers of a chunk need to know of it.
 type chunkInfo struct {
 	key      bool     // it begins with a keyframe
 	start    bool     // it begins with the start of a frame
+	anew     bool     // in a stream: it opened the gate of its feed there
 	hasVideo bool     // its feed has video
 	lead     bool     // it begins with the feed's own PAT
 	psi      []byte   // the feed's last PAT and PMT, as they came; nil until known
@@ -51,7 +54,6 @@ type pidState struct {
 	begun   bool // a unit has started since synchronisation
 	open    bool // a PES has begun and its end is not known
 	left    int  // bytes to come of the open PES; 0: it did not say
-	cc      int  // last continuity counter
 	fills   bool // stuffing was seen in the middle of a PES here: it is no sign of the end
 	stuffed bool // the last PES was ended by stuffing
 }
@@ -75,6 +77,7 @@ type framer struct {
 	rawPSI   []byte // psi.raw(), nil when it must be asked again
 	video    int    // PID of the video; -1 without
 	openPIDs int
+	waits    int         // PES that began since a chunk could end
 	index    [8192]uint8 // by PID, into pids; 0: not seen
 	pids     []pidState
 
@@ -193,7 +196,7 @@ func (f *framer) state(pid uint16) *pidState {
 		if len(f.pids) > 255 {
 			return nil
 		}
-		f.pids = append(f.pids, pidState{cc: -1, es: f.psi.program.find(pid) != nil})
+		f.pids = append(f.pids, pidState{es: f.psi.program.find(pid) != nil})
 		f.index[pid] = uint8(len(f.pids) - 1)
 	}
 	return &f.pids[f.index[pid]]
@@ -206,24 +209,29 @@ func (f *framer) packet(p packet) {
 		f.pos += packetSize
 		return
 	}
+	before := f.psi.program
 	if f.psi.add(p) {
 		f.rawPSI = nil
 		f.leadPAT = f.leadPAT || pid == patPID
 		f.pos += packetSize
-		if f.psi.program != nil {
+		if f.psi.program != before {
 			f.follow(f.psi.program)
 		}
 		return
 	}
-	s := f.state(pid)
-	if s == nil {
+	var s *pidState
+	if g := f.psi.program; g == nil || g.find(pid) != nil { // else it is of another program
+		s = f.state(pid)
+	}
+	sentTwice := f.pos-f.base >= packetSize && bytes.Equal(p, f.buf[f.pos-packetSize:f.pos]) // ISO 13818-1 2.4.3.3
+	if s == nil || sentTwice {
 		f.pos += packetSize
 		return
 	}
 	if p.unitStart() {
 		id, size, ok := pesStart(payload)
 		s.begun = true
-		s.es = s.es || ok
+		s.es = s.es || ok && f.psi.program == nil
 		if ok && f.psi.program == nil && f.video < 0 && isVideoID(id) {
 			f.video = int(pid)
 		}
@@ -236,8 +244,7 @@ func (f *framer) packet(p packet) {
 	case !s.begun: // the end of something that began before the first bytes
 		f.discard()
 		return
-	case !s.es, // sections of a table that is not ours to know
-		!s.open && p.continuity() == s.cc: // ISO 13818-1 2.4.3.3: a packet may be sent twice
+	case !s.es: // sections of a table that is not ours to know
 		f.pos += packetSize
 		return
 	case !s.open: // it went on after its end
@@ -258,8 +265,13 @@ func (f *framer) follow(g *program) {
 		if t.video() && f.video < 0 {
 			f.video = int(t.pid)
 		}
-		if i := f.index[t.pid]; i != 0 {
-			f.pids[i].es = true
+	}
+	for pid, i := range f.index {
+		if s := &f.pids[i]; i != 0 {
+			if s.es = g.find(uint16(pid)) != nil; !s.es && s.open {
+				s.open = false
+				f.openPIDs--
+			}
 		}
 	}
 }
@@ -270,7 +282,10 @@ func (f *framer) begin(s *pidState, video, randomAccess bool) {
 		s.open = false
 		f.openPIDs--
 	}
-	if (video || f.openPIDs == 0) && f.head.seen && f.lead > f.done {
+	if f.waits++; video || f.openPIDs == 0 {
+		f.waits = 0
+	}
+	if (f.waits == 0 || f.waits > maxWaits) && f.head.seen && f.lead > f.done {
 		f.done, f.tail = f.lead, frameStart{}
 	}
 	first := frameStart{seen: true, begins: true, key: video && randomAccess, pat: f.leadPAT, program: f.psi.program}
@@ -289,11 +304,6 @@ func (f *framer) begin(s *pidState, video, randomAccess bool) {
 
 // account counts n bytes of payload, and ends the PES where they end it.
 func (f *framer) account(s *pidState, p packet, n int) {
-	cc := p.continuity()
-	if cc == s.cc && !p.unitStart() {
-		return // sent twice
-	}
-	s.cc = cc
 	s.stuffed = false
 	if s.left > 0 {
 		if s.left -= n; s.left > 0 {
@@ -327,9 +337,13 @@ func (f *framer) flush() {
 	if f.rawPSI == nil {
 		f.rawPSI = f.psi.raw()
 	}
+	program := f.head.program
+	if !f.head.begins { // no frame, or one that goes on
+		program = f.psi.program
+	}
 	f.emit(newMessage(f.buf[f.base:f.done], f.at, chunkInfo{
 		key: f.head.key, start: f.head.begins, hasVideo: f.video >= 0,
-		lead: f.head.pat, psi: f.rawPSI, program: f.head.program, lost: f.lost,
+		lead: f.head.pat, psi: f.rawPSI, program: program, lost: f.lost,
 	}))
 	f.lost = false
 	f.base, f.head = f.done, f.tail

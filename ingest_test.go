@@ -189,6 +189,72 @@ func TestFramerMidStuffing(t *testing.T) {
 	}
 }
 
+// TestFramerOpen: PES that stay open do not hold the feed back: two tracks that
+// always overlap, other programs, a video that stops, or leaves the map.
+func TestFramerOpen(t *testing.T) {
+	const full = 5*184 - 14 // bytes: the end does not show
+	audio := func(m *tsMaker, pid uint16) []byte {
+		return m.packets(pes{pid: pid, id: 0xc0, size: 576, length: true})
+	}
+	tests := []struct {
+		name  string
+		first func(m *tsMaker)
+		next  func(m *tsMaker, i int)
+	}{
+		{"overlap", func(m *tsMaker) { m.tables(0x101, 3, 0x102, 3); m.Write(audio(m, 0x101)[:packetSize]) }, func(m *tsMaker, i int) {
+			m.Write(audio(m, 0x101+uint16(i+1)%2)[:packetSize]) // and the rest is lost
+		}},
+		{"another program's video", func(m *tsMaker) { m.tables(0x101, 3) }, func(m *tsMaker, i int) {
+			m.frame(pes{pid: 0x200, id: 0xe0, size: full})
+			m.Write(audio(m, 0x101))
+		}},
+		{"the video stops", func(m *tsMaker) {
+			m.tables(0x100, 1, 0x101, 3)
+			m.frame(pes{pid: 0x100, id: 0xe0, size: full})
+		}, func(m *tsMaker, i int) { m.Write(audio(m, 0x101)) }},
+		{"the map drops the video", func(m *tsMaker) {
+			m.tables(0x100, 1, 0x101, 3)
+			m.frame(pes{pid: 0x100, id: 0xe0, size: full})
+		}, func(m *tsMaker, i int) { m.tables(0x101, 3); m.Write(audio(m, 0x101)) }},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			var m tsMaker
+			tt.first(&m)
+			var parts [][]byte
+			for i := range 1000 {
+				tt.next(&m, i)
+				parts = append(parts, bytes.Clone(m.Bytes()))
+				m.Reset()
+			}
+			all, err := frames(&writes{parts, io.EOF})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i, m := range all {
+				if !m.info.start || m.size > 100<<10 {
+					t.Errorf("message %d of %d: %d bytes, start %v", i, len(all), m.size, m.info.start)
+				}
+			}
+		})
+	}
+}
+
+// TestFramerDuplicate: ISO 13818-1 2.4.3.3 lets a packet be sent twice.
+func TestFramerDuplicate(t *testing.T) {
+	var m tsMaker
+	m.tables(testVideo, 1)
+	first := slices.Concat(m.Bytes(), m.packets(pes{pid: testVideo, id: 0xe0, key: true, size: 1000}))
+	next := m.packets(pes{pid: testVideo, id: 0xe0, size: 1000})
+	for at := 0; at < len(first); at += packetSize {
+		twice := slices.Concat(first[:at+packetSize], first[at:])
+		all, err := frames(&writes{[][]byte{twice, next}, io.EOF})
+		if err != nil || len(all) != 2 || all[0].size != len(twice) && all[0].size != len(twice)-packetSize {
+			t.Errorf("packet %d twice: got %d messages, %v", at/packetSize, len(all), err)
+		}
+	}
+}
+
 // TestFramerNotTS: nothing of what is not MPEG-TS comes out.
 func TestFramerNotTS(t *testing.T) {
 	noise := make([]byte, 100_000)

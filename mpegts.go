@@ -115,10 +115,8 @@ func (t track) video() bool {
 
 // program is one parsed program map. Immutable; two feeds never share one.
 type program struct {
-	section     []byte // as it came
-	pcrPID      uint16
-	descriptors []byte
-	tracks      []track
+	section []byte // as it came
+	tracks  []track
 }
 
 // find returns the track on a PID; nil without one, and for a nil program.
@@ -136,6 +134,7 @@ func (g *program) find(pid uint16) *track {
 // psi follows the program association and the map of the first program.
 // Owned by one goroutine. ISO 13818-1 2.4.4.
 type psi struct {
+	number  uint16   // program_number
 	pmtPID  uint16   // 0 until a PAT was read
 	program *program // nil until its map was read
 
@@ -171,9 +170,11 @@ func (s *psi) association(b []byte) bool {
 		return false
 	}
 	for e := b[8 : len(b)-4]; len(e) >= 4; e = e[4:] {
-		if number := binary.BigEndian.Uint16(e); number == 0 {
+		number := binary.BigEndian.Uint16(e)
+		if number == 0 {
 			continue // network_PID
 		}
+		s.number = number
 		pid := binary.BigEndian.Uint16(e[2:]) & 0x1fff
 		if pid != s.pmtPID && pid != patPID && pid != nullPID {
 			s.pmtPID, s.pmt = pid, sections{}
@@ -185,20 +186,19 @@ func (s *psi) association(b []byte) bool {
 
 // programMap reads a section of the PMT. ISO 13818-1 2.4.4.8.
 func (s *psi) programMap(b []byte) bool {
-	if b[0] != 0x02 || len(b) < 16 || b[5]&1 == 0 {
+	if b[0] != 0x02 || len(b) < 16 || b[5]&1 == 0 || binary.BigEndian.Uint16(b[3:]) != s.number {
 		return false
 	}
 	if s.program != nil && bytes.Equal(s.program.section, b) {
 		return true
 	}
 	b = bytes.Clone(b)
-	g := &program{section: b, pcrPID: binary.BigEndian.Uint16(b[8:]) & 0x1fff}
+	g := &program{section: b}
 	end := len(b) - 4
 	at := 12 + int(binary.BigEndian.Uint16(b[10:])&0x0fff)
 	if at > end {
 		return false
 	}
-	g.descriptors = b[12:at]
 	for at+5 <= end {
 		info := at + 5 + int(binary.BigEndian.Uint16(b[at+3:])&0x0fff)
 		if info > end {

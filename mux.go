@@ -170,7 +170,7 @@ type gate struct {
 
 // opens tells whether m may be the first of its feed after a gap.
 func (g *gate) opens(m *message) bool {
-	return m.info.key || m.info.start && (!m.info.hasVideo || m.at.Sub(g.since) > noKeyframe)
+	return m.info.key || m.info.anew || m.info.start && (!m.info.hasVideo || m.at.Sub(g.since) > noKeyframe)
 }
 
 // subscriber is the queue between a feed or stream and one reader, bounded in
@@ -190,6 +190,7 @@ type subscriber struct {
 	begun    int // bytes of items[0] that are written
 	inFlight int // how many of items the write in progress holds
 	gates    map[*feed]*gate
+	awaits   map[*feed]bool  // feeds of the stream that a viewer cannot watch yet
 	waiting  []chan struct{} // closed when the write in progress is over
 	stopped  bool            // mute interrupted the write in progress
 	draining bool            // takes nothing new
@@ -198,7 +199,7 @@ type subscriber struct {
 }
 
 func newSubscriber(f form, maxAge time.Duration) *subscriber {
-	return &subscriber{form: f, maxAge: maxAge, ready: make(chan struct{}, 1), gates: make(map[*feed]*gate)}
+	return &subscriber{form: f, maxAge: maxAge, ready: make(chan struct{}, 1), gates: make(map[*feed]*gate), awaits: make(map[*feed]bool)}
 }
 
 // offer queues m, or drops it and counts why. It does not block (I2).
@@ -392,7 +393,9 @@ func (s *subscriber) wrote(n int) progress {
 		s.counters.delivered++
 		s.counters.bytes += uint64(it.size)
 		if s.live != nil && it.feed != nil && (it.info.key || it.info.start && !it.info.hasVideo) {
-			s.live()
+			if delete(s.awaits, it.feed); len(s.awaits) == 0 {
+				s.live()
+			}
 		}
 	}
 	s.begun, s.inFlight = n, 0
@@ -424,6 +427,7 @@ func (s *subscriber) mute(f *feed) <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.gates, f)
+	delete(s.awaits, f)
 	s.remove(s.free(), func(it item) cause {
 		if it.feed == f {
 			return dropMuted
@@ -562,8 +566,8 @@ func (st *stream) publish(m *message, at time.Time, now, offset ticks, jumped bo
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	src := st.remux.source(m.feed)
-	if src == nil || m.info.program == nil {
-		return
+	if src == nil || m.info.program == nil || m.at.Before(src.since) {
+		return // or held while the feed was muted
 	}
 	if m.first {
 		src.gate = gate{since: m.at}
@@ -575,17 +579,18 @@ func (st *stream) publish(m *message, at time.Time, now, offset ticks, jumped bo
 	if !src.gate.open || jumped || m.info.lost {
 		src.renew()
 	}
+	anew := !src.gate.open
 	src.gate.open = true
 	if st.remux.follow(src, m.info.program) || m.info.key || now-st.remux.sent >= psiEvery {
 		st.sendPSI(at, now)
 	}
 	info := m.info
-	info.lead = true
+	info.lead, info.anew = true, anew
 	if opens {
 		info.marks = st.remux.marks(src)
 	}
 	if b := st.remux.remux(src, m.payload(), offset); len(b) > 0 {
-		out := newMessage(b, at, info)
+		out := newMessage(b, m.at, info)
 		out.feed = m.feed
 		st.offer(out)
 	}
@@ -604,9 +609,9 @@ func (st *stream) offer(m *message) {
 }
 
 // arrange makes feeds those of the stream, in their order. Every reader drops
-// what it holds of those in gone; the channels appended to words tell when no
-// write holds any (I6). The feeds in gone no longer publish to st.
-func (st *stream) arrange(feeds, gone []*feed, words []<-chan struct{}) []<-chan struct{} {
+// what it holds of those in gone; the channels tell when no write holds any
+// (I6). The feeds in gone no longer publish to st.
+func (st *stream) arrange(feeds, gone []*feed) (words []<-chan struct{}) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	at := time.Now()
@@ -629,6 +634,11 @@ func (st *stream) join(s *subscriber) {
 	defer st.mu.Unlock()
 	if len(st.remux.psi) > 0 {
 		s.offer(newMessage(st.remux.psi, time.Now(), chunkInfo{start: true, lead: true}))
+	}
+	for _, src := range st.remux.sources {
+		if src.gate.open {
+			s.awaits[src.feed] = true
+		}
 	}
 	st.subs = append(st.subs, s)
 }
@@ -675,7 +685,7 @@ func (x *mux) stream(name string) *stream {
 func (x *mux) tidy(f *feed) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.pub == nil && len(f.subs) == 0 && len(f.streams) == 0 {
+	if x.feeds[f.name] == f && f.pub == nil && len(f.subs) == 0 && len(f.streams) == 0 {
 		delete(x.feeds, f.name)
 	}
 }
@@ -772,7 +782,7 @@ func (x *mux) setStream(name string, feeds []string, ruled bool) (words []<-chan
 			x.tidy(f)
 		}
 	}
-	words = st.arrange(st.feeds, gone, nil)
+	words = st.arrange(st.feeds, gone)
 	for _, f := range st.feeds {
 		if !slices.Contains(old, f) {
 			f.mu.Lock()

@@ -270,3 +270,17 @@ func TestReplace(t *testing.T) {
 		}
 	})
 }
+
+// TestMuxLateDetach: a publisher that was taken over, and detaches after its
+// feed was forgotten and made again, does not make the new one be forgotten.
+func TestMuxLateDetach(t *testing.T) {
+	x := newMux()
+	a, b, c := &publisher{interrupt: func() {}}, &publisher{interrupt: func() {}}, &publisher{interrupt: func() {}}
+	old := x.attach("v", a)
+	x.detach(x.attach("v", b), b)
+	now := x.attach("v", c)
+	x.detach(old, a)
+	if x.feeds["v"] != now {
+		t.Errorf("got feed %p, want the live one, %p", x.feeds["v"], now)
+	}
+}

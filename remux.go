@@ -67,13 +67,13 @@ const (
 // for a later one. offset is for the timestamps of all that waited; jumped
 // tells that they begin anew, after a restart or a jump.
 func (c *clock) follow(chunk []byte, info chunkInfo, now ticks, restarted bool) (offset ticks, jumped, ready bool) {
-	first, newest, span, n := chunkTimes(chunk)
+	first, newest, span, n := chunkTimes(chunk, info.program)
 	p := c.newest + signed33(newest-c.newest)
 	media := p - c.newest
 	c.renewed = c.renewed || restarted
 	switch {
 	case n == 0:
-		return c.offset, false, !c.settling && !c.renewed
+		return c.offset, false, !c.settling
 	case c.renewed || !c.running || !c.settling && (media < -2*second || media > now-c.seen+10*second):
 		given := c.given
 		if !c.settling {
@@ -156,10 +156,11 @@ func signed33(d ticks) ticks { return (d+wrap/2)&(wrap-1) - wrap/2 }
 
 // chunkTimes finds the first and the newest DTS in a chunk, how far the newest
 // is from the one before it, and how many there are. A PTS alone is a DTS too.
-func chunkTimes(chunk []byte) (first, newest, span ticks, n int) {
+// Other programs than g have another clock; a nil g is not known yet.
+func chunkTimes(chunk []byte, g *program) (first, newest, span ticks, n int) {
 	for ; len(chunk) >= packetSize; chunk = chunk[packetSize:] {
 		p := packet(chunk[:packetSize])
-		if !p.unitStart() || p.damaged() || p.scrambled() {
+		if !p.unitStart() || p.damaged() || p.scrambled() || g != nil && g.find(p.pid()) == nil {
 			continue
 		}
 		b, dts := timestamps(p.payload())
@@ -221,7 +222,7 @@ type remuxer struct {
 	psi     []byte // PAT and PMT as they went out last
 	patCC   byte
 	pmtCC   byte
-	last    map[uint16]byte // continuity counter, by PID; kept when a feed goes
+	last    [8192]byte // continuity counter, by PID; kept when a feed goes
 	sent    ticks           // when PSI went out
 	pcr     ticks           // and the last PCR
 
@@ -231,6 +232,7 @@ type remuxer struct {
 // source is a feed in a stream.
 type source struct {
 	feed    *feed
+	since   time.Time // when it came into the stream
 	gate    gate
 	program *program
 	tracks  []*outTrack
@@ -269,7 +271,7 @@ func (x *remuxer) arrange(feeds []*feed, at time.Time) bool {
 	sources := make([]*source, len(feeds))
 	for i, f := range feeds {
 		if sources[i] = x.source(f); sources[i] == nil {
-			sources[i] = &source{feed: f, gate: gate{since: at}}
+			sources[i] = &source{feed: f, since: at, gate: gate{since: at}}
 		}
 	}
 	x.sources = sources
@@ -452,6 +454,7 @@ func (x *remuxer) remux(s *source, chunk []byte, offset ticks) []byte {
 		}
 		if in.unitStart() {
 			t.skip = cutHeader(payload)
+			t.fresh = t.fresh || t.skip
 		}
 		if t.skip || !t.listed {
 			continue
@@ -470,9 +473,6 @@ func (x *remuxer) remux(s *source, chunk []byte, offset ticks) []byte {
 		p[2] = byte(t.out)
 		cc = (cc + t.shift) & 15
 		p[3] = p[3]&0xf0 | cc
-		if x.last == nil {
-			x.last = make(map[uint16]byte)
-		}
 		x.last[t.out] = cc
 		clearPCR(p)
 		if p.unitStart() {
@@ -506,7 +506,13 @@ func clearPCR(p packet) {
 		}
 	}
 	a[0] &^= 0x18
-	if n = min(n, len(a)-1); n > 0 {
+	if n = min(n, len(a)-1); n > 0 && a[0]&0x06 == 0 { // private data, since stuffing would say that the PES ends here
+		a[0] |= 0x02
+		a[1] = byte(n - 1)
+		for i := range n - 1 {
+			a[2+i] = 0xff
+		}
+	} else if n > 0 {
 		copy(a[1:], a[1+n:])
 		for i := len(a) - n; i < len(a); i++ {
 			a[i] = 0xff

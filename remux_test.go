@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -469,7 +470,7 @@ func TestClockStart(t *testing.T) {
 	}{
 		{"video", chunkInfo{hasVideo: true}, 3600, []ticks{4000, 2000, 0, 900, 0, 0}, 0},
 		{"sound", chunkInfo{}, 2160, []ticks{4000, 0, 0, 300, 0, 0, 0, 0, 0, 0, 0}, -2160},
-		{"AAC", chunkInfo{program: &program{tracks: []track{{streamType: 0x0f}}}}, 1920, []ticks{4000, 0, 0, 300, 0, 0, 0, 0, 0, 0, 0}, -1920 - lookAhead},
+		{"AAC", chunkInfo{program: &program{tracks: []track{{pid: 0x100, streamType: 0x0f}}}}, 1920, []ticks{4000, 0, 0, 300, 0, 0, 0, 0, 0, 0, 0}, -1920 - lookAhead},
 		{"sound in long PES", chunkInfo{}, 33300, []ticks{0, 0}, -33300},
 	}
 	for _, tt := range tests {
@@ -486,6 +487,92 @@ func TestClockStart(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestStreamNoKeyframe: a stream passes a feed without keyframes after 5 s, to
+// readers that were there before.
+func TestStreamNoKeyframe(t *testing.T) {
+	b := newBench(t, "stream/x", "video0")
+	v := newCamera()
+	v.gop, v.n = 1<<30, 1
+	start := b.at
+	for b.at.Sub(start) < 6*time.Second {
+		b.at = b.at.Add(40 * time.Millisecond)
+		b.post("video0", v.next())
+	}
+	check := newTSCheck()
+	check.read(b.got())
+	if n := len(check.pts[0x100]); n < 20 {
+		t.Errorf("got %d pictures in 6 s, want those of the last", n)
+	}
+}
+
+// TestStreamHeldWhileMuted: what waited for the clock while its feed was muted
+// does not come after the unmute.
+func TestStreamHeldWhileMuted(t *testing.T) {
+	b := newBench(t, "stream/x")
+	a := newMicrophone()
+	b.at = time.Now().Add(-time.Second)
+	play := func(n int) {
+		for range n {
+			b.at = b.at.Add(24 * time.Millisecond)
+			b.post("audio0", a.next())
+		}
+	}
+	play(4)
+	b.setStream("stream/x", []string{"audio0"}, true)
+	b.at = time.Now()
+	play(20)
+	check := newTSCheck()
+	check.read(b.got())
+	if n := len(check.pts[0x100]); n != 20 {
+		t.Errorf("got %d PES, want the 20 after the unmute", n)
+	}
+}
+
+// TestStreamPrograms: of several programs the first is taken, whether their
+// maps share a PID or not, and however far apart their clocks are.
+func TestStreamPrograms(t *testing.T) {
+	for _, other := range []uint16{testPMT, 0x1100} {
+		b := newBench(t, "stream/x", "video0")
+		check := newTSCheck()
+		var m tsMaker
+		for i := range 100 {
+			b.at = b.at.Add(40 * time.Millisecond)
+			m.Reset()
+			m.section(patPID, 0, 0, 0, 0, 1, 0xc1, 0, 0, 0, 1, 0xe0|testPMT>>8, testPMT&0xff, 0, 2, 0xe0|byte(other>>8), byte(other))
+			m.section(testPMT, 2, 0, 0, 0, 1, 0xc1, 0, 0, 0xe1, 0, 0xf0, 0, 1, 0xe1, 0, 0xf0, 0)
+			m.section(other, 2, 0, 0, 0, 2, 0xc1, 0, 0, 0xe2, 0, 0xf0, 0, 1, 0xe2, 0, 0xf0, 0)
+			m.frame(pes{pid: 0x100, id: 0xe0, key: i%12 == 0, pts: 126000 + ticks(i)*3600, size: 2000})
+			m.frame(pes{pid: 0x200, id: 0xe0, key: i%12 == 0, pts: 126000 + 1000*second + ticks(i)*3600, size: 2000})
+			b.post("video0", bytes.Clone(m.Bytes()))
+			check.read(b.got())
+		}
+		if n := len(check.pts[0x100]); n != 100 || check.jumps != 1 || check.versions != 0 || len(check.types) != 1 || len(check.problems) > 0 {
+			t.Errorf("maps on %#x: got %d pictures, %d discontinuities, %d version steps, tracks %v, %q", other, n, check.jumps, check.versions, check.types, check.problems)
+		}
+	}
+}
+
+// TestStreamAsFeed: what a stream sends is a feed of whole frames to the next vw.
+func TestStreamAsFeed(t *testing.T) {
+	b := newBench(t, "stream/x", "video0")
+	v := newCamera()
+	var got [][]byte
+	for range 60 {
+		b.at = b.at.Add(40 * time.Millisecond)
+		b.post("video0", v.next())
+		got = append(got, b.got())
+	}
+	all, err := frames(&writes{got, io.EOF})
+	if err != nil || len(all) < 50 {
+		t.Fatalf("got %d messages, %v", len(all), err)
+	}
+	for i, m := range all {
+		if !m.info.start {
+			t.Errorf("message %d begins inside a frame", i)
+		}
 	}
 }
 
@@ -517,7 +604,7 @@ func FuzzStream(f *testing.F) {
 	f.Add(slices.Concat(bytes.Clone(v.next()), v.next()), slices.Concat(bytes.Clone(a.next()), a.next()))
 	f.Add(testClip(2, 100), testClip(3, 500))
 	f.Fuzz(func(t *testing.T, one, two []byte) {
-		b := &bench{mux: newMux(), t: t, at: time.Now(), sub: newSubscriber(raw, time.Minute), pubs: map[string]*publisher{}}
+		b := &bench{mux: newMux(), t: t, at: time.Now().Add(time.Second), sub: newSubscriber(raw, time.Minute), pubs: map[string]*publisher{}}
 		b.setStream("stream/x", []string{"one", "two"}, true)
 		b.join("stream/x", b.sub)
 		for name, in := range map[string][]byte{"one": one, "two": two} {

@@ -59,7 +59,10 @@ func (e invalidError) Error() string { return e.text }
 
 func invalid(format string, args ...any) error { return invalidError{fmt.Sprintf(format, args...)} }
 
-const maxName = 256 // bytes
+const (
+	maxName  = 256 // bytes
+	maxFeeds = 64  // in a stream
+)
 
 var reserved = []string{"all", "deleteAll", "apiRule"}
 
@@ -111,6 +114,9 @@ func (r streamRule) clean() (streamRule, error) {
 	}
 	if r.Feeds == nil {
 		return streamRule{}, invalid(`stream %q: "feeds" is missing; [] mutes everything`, name)
+	}
+	if len(r.Feeds) > maxFeeds {
+		return streamRule{}, invalid("stream %q: it has %d feeds, at most %d are allowed", name, len(r.Feeds), maxFeeds)
 	}
 	feeds := make([]string, 0, len(r.Feeds))
 	for _, f := range r.Feeds {
