@@ -54,11 +54,7 @@ running() {
 	done
 	return 1
 }
-trap finish EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-trap 'exit 129' HUP
-trap 'exit 141' PIPE
+trap finish EXIT # bash runs it when a signal ends it, too
 
 # start runs a command in the background, its output and errors in $tmp/NAME.out and $tmp/NAME.log.
 start() {
