@@ -223,8 +223,8 @@ type remuxer struct {
 	patCC   byte
 	pmtCC   byte
 	last    [8192]byte // continuity counter, by PID; kept when a feed goes
-	sent    ticks           // when PSI went out
-	pcr     ticks           // and the last PCR
+	sent    ticks      // when PSI went out
+	pcr     ticks      // and the last PCR
 
 	out []byte // what remux returns
 }
