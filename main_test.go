@@ -137,8 +137,6 @@ func (t *tsMaker) packets(f pes) []byte {
 
 func (t *tsMaker) frame(f pes) { t.Write(t.packets(f)) }
 
-func (t *tsMaker) null() { t.Write(nullPacket) }
-
 var nullPacket = append([]byte{0x47, 0x1f, 0xff, 0x10}, make([]byte, packetSize-4)...)
 
 // testClip is n frames of video at 25/s, keyframes every 12 with PSI before.
