@@ -83,6 +83,7 @@ type link struct {
 	iov     [][]byte
 	vec     net.Buffers
 	buf     []byte    // one TLS record
+	armed   time.Time // when the write deadline was set; zero: it must be set again
 	stalled time.Time // since when no write made progress; zero: the last did
 	torn    bool      // a control frame is begun and not whole
 }
@@ -293,6 +294,7 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 // sendControl writes one control frame, between two messages.
 func (l *link) sendControl(ctx context.Context, frame []byte) error {
 	l.SetWriteDeadline(time.Now().Add(maxStall))
+	l.armed = time.Time{}
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -305,12 +307,16 @@ func (l *link) sendControl(ctx context.Context, frame []byte) error {
 }
 
 // sendBatch writes what is queued up to one batch, and the rest of a message
-// that is begun. I6: it re-arms the deadline, then looks at ctx and at what
-// may be sent, then writes; a deadline set in between is met by the write.
+// that is begun. I6: it re-arms the deadline if that is due, then looks at ctx
+// and at what may be sent, then writes; a deadline set in between is met by
+// the write.
 func (l *link) sendBatch(ctx context.Context, s *subscriber) error {
 	for {
 		start := time.Now()
-		l.SetWriteDeadline(start.Add(l.patience()))
+		if start.Sub(l.armed) > l.patience()/4 { // each time would cost as much as the queue does
+			l.SetWriteDeadline(start.Add(l.patience()))
+			l.armed = start
+		}
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
@@ -320,6 +326,9 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber) error {
 		}
 		n, err := l.write()
 		p := s.wrote(n)
+		if err != nil || p.stopped {
+			l.armed = time.Time{}
+		}
 		if p.lagged > 0 {
 			l.log.Warn("the reader was too slow and has caught up", "dropped", p.lagged)
 		}

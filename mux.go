@@ -44,8 +44,10 @@ const maxHeader = 14 // bytes. RFC 6455 5.2
 
 // newMessage copies payload.
 func newMessage(payload []byte, at time.Time, info chunkInfo) *message {
-	b := appendHeader(make([]byte, 0, maxHeader-4+len(payload)), opBinary, len(payload), nil)
-	return &message{at: at, info: info, frame: append(b, payload...), size: len(payload)}
+	var header [maxHeader]byte
+	b := appendHeader(header[:0], opBinary, len(payload), nil)
+	// append without room for it: what it allocates need not be cleared first.
+	return &message{at: at, info: info, frame: append(b[:len(b):len(b)], payload...), size: len(payload)}
 }
 
 func (m *message) payload() []byte { return m.frame[len(m.frame)-m.size:] }
