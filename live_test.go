@@ -239,7 +239,7 @@ func TestStall(t *testing.T) {
 			healthy.start()
 			r.to(t, "stalls", "video0", "ws://"+stalls.addr)
 			r.to(t, "healthy", "video0", "ws://"+healthy.addr)
-			waitFor(t, "both connections", func() bool { return stalls.conns.Load() == 1 && healthy.conns.Load() == 1 })
+			waitFor(t, "both connections", func() bool { return strings.Count(log.String(), "msg=connected") == 2 })
 			start := c.film(ctx, r.mux, "video0", tasks)
 			time.Sleep(2 * time.Second)
 			stalls.stall.Lock()
