@@ -129,7 +129,7 @@ func (s *server) admit(r *http.Request) error {
 		return nil
 	}
 	if s.token == "" {
-		return httpError{http.StatusForbidden, fmt.Sprintf("remote %s: only this machine may ask, unless VW_TOKEN is set", r.RemoteAddr)}
+		return httpError{http.StatusForbidden, fmt.Sprintf("remote %s: only this machine may ask, and not through a proxy, unless VW_TOKEN is set", r.RemoteAddr)}
 	}
 	given, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 	if !ok {

@@ -125,9 +125,9 @@ func sendPong(w io.Writer) time.Time {
 	return time.Now()
 }
 
-// benchChild starts a process that plays a role until the benchmark ends. ask
+// benchChild starts a process that plays a role until the test ends. ask
 // reads the next line that it says, after the first, which is its address.
-func benchChild(b *testing.B, role string, args ...string) (pid int, addr string, ask func() string) {
+func benchChild(b testing.TB, role string, args ...string) (pid int, addr string, ask func() string) {
 	cmd := exec.Command(os.Args[0], args...)
 	cmd.Env = append(os.Environ(), "VW_TEST_ROLE="+role)
 	cmd.Stderr = os.Stderr
@@ -153,26 +153,9 @@ func benchChild(b *testing.B, role string, args ...string) (pid int, addr string
 	}
 }
 
-// benchBinary is the path of vw, built once.
-var benchBinary = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "vw-bench")
-	if err != nil {
-		return "", err
-	}
-	name := filepath.Join(dir, "vw")
-	if out, err := exec.Command("go", "build", "-o", name, ".").CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go build: %w\n%s", err, out)
-	}
-	return name, nil
-})
-
 // benchVW starts vw, which sends the feed "bench" to n destinations at relay.
 func benchVW(b *testing.B, n int, relay string) (pid int, addr string) {
-	name, err := benchBinary()
-	if err != nil {
-		b.Fatal(err)
-	}
-	cmd := exec.Command(name, "stream")
+	cmd := exec.Command(build(b, "linux/amd64"), "stream")
 	cmd.Env = append(os.Environ(), "VW_PORT=0")
 	log, err := cmd.StderrPipe()
 	if err != nil {

@@ -879,7 +879,7 @@ var builds = map[string]func() (string, error){
 }
 
 // build returns the path of a binary, built as it is shipped.
-func build(t *testing.T, target string) string {
+func build(t testing.TB, target string) string {
 	t.Helper()
 	name, err := builds[target]()
 	if err != nil {

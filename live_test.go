@@ -570,7 +570,11 @@ func TestMuteSeen(t *testing.T) {
 			tasks.Go(func() { load(ctx, r, "video0") })
 			tasks.Go(func() { load(ctx, r, "audio0") })
 			waitFor(t, "audio", func() bool { return audio.Load() > 0 })
-			slowest := mutes(t, r, 20, 150*time.Millisecond, func(muted bool) {
+			rounds := 20
+			if *long {
+				rounds = 1000
+			}
+			slowest := mutes(t, r, rounds, 150*time.Millisecond, func(muted bool) {
 				if now := time.Now(); muted {
 					since.Store(&now)
 				} else {
@@ -587,7 +591,7 @@ func TestMuteSeen(t *testing.T) {
 			if len(check.problems) > 0 {
 				t.Errorf("got %d problems: %q", len(check.problems), check.problems[:min(len(check.problems), 5)])
 			}
-			t.Logf("the slowest of 40 calls took %v; %d messages of audio", slowest, audio.Load())
+			t.Logf("the slowest of %d calls took %v; %d messages of audio", 2*rounds, slowest, audio.Load())
 		})
 	}
 }
@@ -705,6 +709,28 @@ func TestDeleteStalled(t *testing.T) {
 		t.Errorf("a delete took %v, want 100 ms at most", worst)
 	}
 	t.Logf("the slowest delete took %v", worst)
+}
+
+// TestThousand: a thousand destinations at 1 Mbit/s are all live, in less than
+// 96 MB. It is one of the long ones.
+func TestThousand(t *testing.T) {
+	if !*long {
+		return
+	}
+	v := startVW(t)
+	_, relay, _ := benchChild(t, "receivers")
+	for i := range 1000 {
+		v.call(t, http.StatusOK, "POST", "/api/destinations", fmt.Sprintf(`{"id":%d,"stream":"video0","destination":"ws://%s"}`, i, relay))
+	}
+	startFFmpeg(t, realTime, videoInput, videoCodec, []string{"-t", "12", v.url + "/ts/video0"}).endsItself(t, time.Minute)
+	rss, err := v.rss()
+	if err != nil || mb(rss) > 96 {
+		t.Errorf("got %.0f MB, %v, want 96 at most", mb(rss), err)
+	}
+	if out := v.out.String(); strings.Contains(out, "level=WARN") {
+		t.Errorf("a destination fell more than 500 ms behind, or was lost:\n%s", out)
+	}
+	t.Logf("%.0f MB", mb(rss))
 }
 
 // TestConcurrentChanges: 50 callers change, mute and delete rules; in the end

@@ -157,6 +157,9 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 	}
 	for _, l := range listeners {
 		log.Info("listening", "addr", l.Addr().String())
+		if !l.Addr().(*net.TCPAddr).IP.IsLoopback() && set.token == "" {
+			log.Warn("other machines are refused: VW_TOKEN is not set")
+		}
 		g.Go(func() error {
 			if err := h.Serve(l); err != http.ErrServerClosed {
 				return err
