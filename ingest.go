@@ -231,7 +231,10 @@ func (f *framer) packet(p packet) {
 	if p.unitStart() {
 		id, size, ok := pesStart(payload)
 		s.begun = true
-		s.es = s.es || ok && f.psi.program == nil
+		if s.es = ok || s.es && p.scrambled(); !s.es && s.open {
+			s.open = false
+			f.openPIDs--
+		}
 		if ok && f.psi.program == nil && f.video < 0 && isVideoID(id) {
 			f.video = int(pid)
 		}

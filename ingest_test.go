@@ -74,6 +74,12 @@ func TestFramerChunks(t *testing.T) {
 	exact := video(false, full)
 	a1, a2 := audio(full), audio(500)
 	long := video(false, 2<<20)
+	m.Reset()
+	m.tables(testVideo, 0x01, 0x102, 0x86)
+	psiCue := bytes.Clone(m.Bytes())
+	m.Reset()
+	m.section(0x102, 0xfc, 0, 0, 0, 0, 0, 0, 0, 0)
+	cue := bytes.Clone(m.Bytes())
 	cat := func(b ...[]byte) []byte { return slices.Concat(b...) }
 	tests := []struct {
 		name   string
@@ -96,6 +102,7 @@ func TestFramerChunks(t *testing.T) {
 		{"interleaved: the next video is a start", [][]byte{cat(psi, key, a1[:376]), cat(p1, a1[376:])}, io.EOF, [][]byte{cat(psi, key), cat(a1[:376], p1, a1[376:])}},
 		{"interleaved: a keyframe is one", [][]byte{cat(psi, p1, a1[:376], psi, key), a1[376:]}, io.EOF, [][]byte{cat(psi, p1, a1[:376]), cat(psi, key, a1[376:])}},
 		{"a feed that began before", [][]byte{cat(key[376:], psi, p1)}, io.EOF, [][]byte{cat(psi, p1)}},
+		{"sections on a PID of the map", [][]byte{cat(psiCue, key), cue, p1, p2}, io.EOF, [][]byte{cat(psiCue, key), cat(cue, p1), p2}},
 		{"a long frame in parts", [][]byte{cat(psi, key), long[:64<<10]}, io.EOF, nil},
 	}
 	for _, tt := range tests {
