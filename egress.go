@@ -78,6 +78,7 @@ type link struct {
 	budget  int    // bytes that the answer may still have
 
 	control chan []byte // control frames that x/net wrote
+	wake    func()      // makes the send loop look at them
 
 	// owned by the send loop
 	iov     [][]byte
@@ -104,6 +105,7 @@ func (l *link) cannotResume() {
 // subscribe returns a queue for what l is to send.
 func (l *link) subscribe(f form, maxAge time.Duration) *subscriber {
 	s := newSubscriber(f, maxAge)
+	l.wake = s.wake
 	if l.resumes {
 		s.interrupt = func() { l.SetWriteDeadline(past) }
 	}
@@ -142,6 +144,7 @@ func (l *link) Write(p []byte) (int, error) {
 	}
 	select {
 	case l.control <- append([]byte(nil), p...):
+		l.wake()
 	default:
 	}
 	return len(p), nil
@@ -261,31 +264,37 @@ func (l *link) serve(ctx context.Context, s *subscriber, read func() error, quie
 }
 
 // send writes what s queues, control frames and pings, until ctx is done or a
-// write ends the connection; never nil.
+// write ends the connection; never nil. One channel says that there may be
+// something to do: a select over the reasons costs more than the queue.
 func (l *link) send(ctx context.Context, s *subscriber) error {
-	defer onDone(ctx, func() { l.SetWriteDeadline(past) })()
-	var ping <-chan time.Time
-	if l.pings > 0 {
-		ticker := time.NewTicker(l.pings)
-		defer ticker.Stop()
-		ping = ticker.C
-	}
+	defer onDone(ctx, func() {
+		l.SetWriteDeadline(past)
+		s.wake()
+	})()
+	pinged := time.Now()
+	ping := time.AfterFunc(l.pings, s.wake)
+	defer ping.Stop()
 	for {
-		var err error
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case frame := <-l.control:
-			err = l.sendControl(ctx, frame)
-		case <-ping:
-			err = l.sendControl(ctx, appendFrame(nil, opPing, nil, l.masks))
-		case <-s.ready:
-			err = l.sendBatch(ctx, s)
-			if err == nil && s.drained() {
-				return errTakenOver
+		<-s.ready
+		now := time.Now()
+		var frame []byte // one a turn: who pings us by the thousand does not hold up the media
+		if l.pings > 0 && now.Sub(pinged) >= l.pings {
+			frame = appendFrame(nil, opPing, nil, l.masks)
+			pinged = now
+			ping.Reset(l.pings)
+		} else {
+			select {
+			case frame = <-l.control:
+				s.wake()
+			default:
 			}
 		}
-		if err != nil {
+		if frame != nil {
+			if err := l.sendControl(ctx, frame); err != nil {
+				return err
+			}
+		}
+		if err := l.sendBatch(ctx, s, now); err != nil {
 			return err
 		}
 	}
@@ -310,9 +319,8 @@ func (l *link) sendControl(ctx context.Context, frame []byte) error {
 // that is begun. I6: it re-arms the deadline if that is due, then looks at ctx
 // and at what may be sent, then writes; a deadline set in between is met by
 // the write.
-func (l *link) sendBatch(ctx context.Context, s *subscriber) error {
-	for {
-		start := time.Now()
+func (l *link) sendBatch(ctx context.Context, s *subscriber, start time.Time) error {
+	for ; ; start = time.Now() {
 		if start.Sub(l.armed) > l.patience()/4 { // each time would cost as much as the queue does
 			l.SetWriteDeadline(start.Add(l.patience()))
 			l.armed = start
@@ -320,8 +328,11 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		l.iov = s.take(l.iov[:0], l.batch, !l.resumes)
+		l.iov = s.take(l.iov[:0], l.batch, !l.resumes, start)
 		if len(l.iov) == 0 {
+			if s.drained() {
+				return errTakenOver
+			}
 			return nil
 		}
 		n, err := l.write()

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -26,7 +27,8 @@ const (
 
 // message is a chunk of one feed, or PSI of a stream, as one binary websocket
 // message. Immutable but for the masked form, which is made once when it is
-// first asked for; every method may be called from several goroutines.
+// first asked for; every method may be called from several goroutines. Its
+// memory is used again once everybody who holds it has released it.
 type message struct {
 	feed  *feed     // nil: PSI of a stream
 	at    time.Time // when its last byte arrived
@@ -38,16 +40,34 @@ type message struct {
 
 	once   sync.Once
 	masked []byte
+
+	holders atomic.Int32
 }
+
+// spare holds messages to use again: their memory is in the cache, and the
+// collector has little to do.
+var spare = sync.Pool{New: func() any { return new(message) }}
+
+const maxSpare = 256 << 10 // bytes of payload in a message worth keeping
 
 const maxHeader = 14 // bytes. RFC 6455 5.2
 
-// newMessage copies payload.
+// newMessage copies payload. The caller holds the message.
 func newMessage(payload []byte, at time.Time, info chunkInfo) *message {
+	m := spare.Get().(*message)
 	var header [maxHeader]byte
-	b := appendHeader(header[:0], opBinary, len(payload), nil)
-	// append without room for it: what it allocates need not be cleared first.
-	return &message{at: at, info: info, frame: append(b[:len(b):len(b)], payload...), size: len(payload)}
+	b := append(append(m.frame[:0], appendHeader(header[:0], opBinary, len(payload), nil)...), payload...)
+	*m = message{at: at, info: info, frame: b, size: len(payload), masked: m.masked[:0]}
+	m.holders.Store(1)
+	return m
+}
+
+// release ends one hold of m. One that is never released is left to the
+// collector.
+func (m *message) release() {
+	if m.holders.Add(-1) == 0 && m.size <= maxSpare {
+		spare.Put(m)
+	}
 }
 
 func (m *message) payload() []byte { return m.frame[len(m.frame)-m.size:] }
@@ -61,7 +81,7 @@ func (m *message) wire(f form) []byte {
 		return m.frame
 	}
 	m.once.Do(func() {
-		m.masked = appendFrame(make([]byte, 0, maxHeader+m.size), opBinary, m.payload(), true)
+		m.masked = appendFrame(slices.Grow(m.masked, maxHeader+m.size), opBinary, m.payload(), true)
 	})
 	return m.masked
 }
@@ -236,6 +256,7 @@ func (s *subscriber) passes(m *message) bool {
 		if p := m.preface(again); p != nil {
 			s.counters.published++
 			s.push(p)
+			p.release()
 		}
 	}
 	return g.open
@@ -258,7 +279,9 @@ func (m *message) preface(again bool) *message {
 	return p
 }
 
+// push queues m, and holds it until it is delivered or dropped.
 func (s *subscriber) push(m *message) {
+	m.holders.Add(1)
 	s.items = append(s.items, item{message: m})
 	s.bytes += m.size
 }
@@ -288,6 +311,7 @@ func (s *subscriber) remove(lo int, why func(item) cause) {
 		} else {
 			s.counters.dropped[c]++
 			s.bytes -= it.size
+			it.release()
 		}
 	}
 	clear(s.items[len(rest):])
@@ -335,6 +359,7 @@ func (s *subscriber) trim(now time.Time) {
 		if g == nil {
 			cut[it.feed] = &gate{since: it.at}
 		}
+		it.release()
 	}
 	clear(s.items[len(rest):])
 	s.items = rest
@@ -348,9 +373,9 @@ func (s *subscriber) trim(now time.Time) {
 // take appends to b what to write next, and keeps it in flight until wrote:
 // whole messages of at most limit bytes together. When the first alone is
 // longer it is that one, cut at limit if cut is set.
-func (s *subscriber) take(b [][]byte, limit int, cut bool) [][]byte {
+func (s *subscriber) take(b [][]byte, limit int, cut bool, now time.Time) [][]byte {
 	s.mu.Lock()
-	s.trim(time.Now())
+	s.trim(now)
 	begun, room := s.begun, limit+s.begun
 	for _, it := range s.items {
 		if room -= it.wireSize(s.form); room < 0 && s.inFlight > 0 {
@@ -399,6 +424,7 @@ func (s *subscriber) wrote(n int) progress {
 				s.live()
 			}
 		}
+		it.release()
 	}
 	s.begun, s.inFlight = n, 0
 	s.items = slices.Delete(s.items, 0, done)
@@ -413,10 +439,11 @@ func (s *subscriber) wrote(n int) progress {
 	}
 	p := progress{stopped: s.stopped, partial: s.begun > 0}
 	s.stopped = false
-	if len(s.items) > 0 {
-		s.wake()
-	} else {
+	if len(s.items) == 0 {
 		p.lagged, s.lagged = s.lagged, 0
+	}
+	if len(s.items) > 0 || s.draining {
+		s.wake()
 	}
 	return p
 }
@@ -513,8 +540,8 @@ type feed struct {
 	streams   []*stream
 }
 
-// publish hands m to the readers of f, unless pub is no longer its publisher.
-// It does not block (I2).
+// publish hands m to the readers of f, unless pub is no longer its publisher,
+// and releases it. It does not block (I2).
 func (f *feed) publish(pub *publisher, m *message) {
 	m.feed = f
 	f.mu.Lock()
@@ -544,6 +571,7 @@ func (f *feed) release(at time.Time, now, offset ticks, jumped bool) {
 		for _, st := range f.streams {
 			st.publish(m, at, now, offset, jumped && i == 0)
 		}
+		m.release()
 	}
 	clear(f.held)
 	f.held, f.heldBytes = f.held[:0], 0
@@ -595,6 +623,7 @@ func (st *stream) publish(m *message, at time.Time, now, offset ticks, jumped bo
 		out := newMessage(b, m.at, info)
 		out.feed = m.feed
 		st.offer(out)
+		out.release()
 	}
 }
 

@@ -127,7 +127,7 @@ func TestQueueMute(t *testing.T) {
 		for i := range 6 {
 			s.offer(testMessage([]*feed{f, g}[i%2], at, true, 1000))
 		}
-		s.take(nil, 4000, false) // f g f g, and f g stay
+		s.take(nil, 4000, false, time.Now()) // f g f g, and f g stay
 		word := s.mute(g)
 		if interrupted != 1 || word == nil {
 			t.Fatalf("got %d interrupts, word %v, want 1 and one to wait for", interrupted, word)
@@ -185,7 +185,7 @@ func TestTake(t *testing.T) {
 				s.offer(testMessage(&feed{}, time.Now(), true, n))
 			}
 			var got []int
-			for _, b := range s.take(nil, 1000, tt.cut) {
+			for _, b := range s.take(nil, 1000, tt.cut, time.Now()) {
 				got = append(got, len(b))
 			}
 			if len(got) != len(tt.want) {

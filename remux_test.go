@@ -170,7 +170,7 @@ func (b *bench) restart(name string) { delete(b.pubs, name) }
 func (b *bench) got() []byte {
 	var out []byte
 	for {
-		parts := b.sub.take(nil, 1<<20, false)
+		parts := b.sub.take(nil, 1<<20, false, time.Now())
 		if len(parts) == 0 {
 			return out
 		}
