@@ -12,7 +12,16 @@
 set -euo pipefail
 export LC_ALL=C # EPOCHREALTIME with a point
 
+# A signal is obeyed where it is safe to end: bash 5.2 goes wrong when a trap
+# exits, and without traps it forgets a Ctrl-C that a command has survived.
+ending=0
+trap 'ending=129' HUP
+trap 'ending=130' INT
+trap 'ending=143' TERM
+obey() { ((ending == 0)) || exit $ending; }
+
 die() {
+	obey
 	printf 'demo.sh: %s\n' "$*" >&2
 	exit 1
 }
@@ -54,7 +63,7 @@ running() {
 	done
 	return 1
 }
-trap finish EXIT # bash runs it when a signal ends it, too
+trap finish EXIT
 
 # start runs a command in the background, its output and errors in $tmp/NAME.out and $tmp/NAME.log.
 start() {
@@ -65,6 +74,7 @@ start() {
 
 # alive ends the demo when something that was started has ended by itself.
 alive() {
+	obey
 	for pid in "${!names[@]}"; do
 		if ! kill -0 "$pid" 2>/dev/null; then
 			tail -n 5 "$tmp/${names[$pid]}.log" >&2
@@ -115,6 +125,7 @@ pause() {
 	printf -v time '%d.%03d' $(($1 / 1000)) $(($1 % 1000))
 	sleep "$time" &
 	wait $! || true
+	obey
 }
 
 # flows waits until a feed comes: its first byte is the G (0x47) of a packet.
@@ -158,7 +169,9 @@ missing=()
 command -v ffmpeg >/dev/null && command -v ffprobe >/dev/null || missing+=(ffmpeg)
 command -v curl >/dev/null || missing+=(curl ca-certificates)
 ((${#missing[@]} == 0)) || install "${missing[@]}"
+obey
 build
+obey
 
 # From here on everything stays on this machine, whatever the environment says.
 unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY
