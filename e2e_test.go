@@ -872,6 +872,7 @@ var buildDir = sync.OnceValues(func() (string, error) {
 // builds has a function for each target, which builds it once.
 var builds = map[string]func() (string, error){
 	"relay":         sync.OnceValues(func() (string, error) { return goBuild("relay", "testdata/relay") }),
+	"gorilla":       sync.OnceValues(func() (string, error) { return goBuild("gorilla", "testdata/gorilla") }),
 	"linux/amd64":   sync.OnceValues(func() (string, error) { return goBuild("linux/amd64", ".") }),
 	"linux/arm64":   sync.OnceValues(func() (string, error) { return goBuild("linux/arm64", ".") }),
 	"darwin/arm64":  sync.OnceValues(func() (string, error) { return goBuild("darwin/arm64", ".") }),
@@ -1287,7 +1288,7 @@ func (r *relayProcess) total(t *testing.T) (n int) {
 // its key, and both together as haproxy wants them.
 type certificates struct{ ca, cert, key, both string }
 
-func newCerts(t *testing.T) certificates {
+func newCerts(t testing.TB) certificates {
 	t.Helper()
 	dir := t.TempDir()
 	now := time.Now()
