@@ -305,8 +305,7 @@ func (s *server) getStream(r *http.Request) (any, error) {
 func (s *server) deleteStream(r *http.Request) (any, error) {
 	name := r.PathValue("stream")
 	if name == "all" {
-		s.rules.deleteStreams()
-		return "deleteAll", nil
+		return "deleteAll", s.rules.deleteStreams()
 	}
 	name, err := cleanStream(name)
 	if err != nil {
@@ -338,8 +337,7 @@ func (s *server) getDestination(r *http.Request) (any, error) {
 func (s *server) deleteDestination(r *http.Request) (any, error) {
 	name := r.PathValue("id")
 	if name == "all" {
-		s.rules.deleteDestinations()
-		return "deleteAll", nil
+		return "deleteAll", s.rules.deleteDestinations()
 	}
 	name, err := cleanName("id", name)
 	if err != nil {

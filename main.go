@@ -73,7 +73,12 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 	defer stop()
 	defer context.AfterFunc(ctx, stop)() // a second signal ends the program at once
 	tuneGC()
-	if err := serve(ctx, set, log); err != nil {
+	err = serve(ctx, set, log)
+	switch bad := (settingError{}); {
+	case errors.As(err, &bad):
+		fmt.Fprintln(stderr, "vw:", err)
+		return 2
+	case err != nil:
 		log.Error("vw ends", "err", err)
 		return 1
 	}
@@ -134,13 +139,23 @@ var errShutdown = errors.New("vw is shutting down")
 // publishers and callers do.
 func serve(ctx context.Context, set settings, log *slog.Logger) error {
 	listeners, err := listen(set.host, set.port)
-	if err != nil {
+	if unknown := (&net.DNSError{}); errors.As(err, &unknown) {
+		return settingError{"VW_HOST", set.host, err}
+	} else if err != nil {
 		return err
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	work, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
 	r := newRules(work, newMux(), set.maxLag, log)
+	if set.state != "" {
+		if err := r.keep(set.state); err != nil {
+			for _, l := range listeners {
+				l.Close()
+			}
+			return settingError{"VW_STATE", set.state, err}
+		}
+	}
 	s := newServer(work, r, set.token, log)
 	s.player, _ = newPlayer(set.player)
 	h := &http.Server{
@@ -207,12 +222,21 @@ func listen(host string, port int) (all []net.Listener, err error) {
 	return all, nil
 }
 
+// settingError: a setting can be read, but not done.
+type settingError struct {
+	name, value string
+	error
+}
+
+func (e settingError) Error() string { return fmt.Sprintf("%s=%q: %v", e.name, e.value, e.error) }
+
 // settings are what the environment says.
 type settings struct {
 	host       string // "": both loopback addresses
 	port       int    // 0: any that is free
 	logLevel   slog.Level
 	token      string
+	state      string // file; "": none
 	maxLag     time.Duration
 	player     string // "": the default
 	cpuProfile string
@@ -245,6 +269,10 @@ var variables = []variable{
 	}},
 	{"VW_TOKEN", "", "none", "what peers that are not loopback must present", func(s *settings, v string) (string, bool) {
 		s.token = v
+		return "", true
+	}},
+	{"VW_STATE", "", "none", "file in which the rules survive a restart", func(s *settings, v string) (string, bool) {
+		s.state = v
 		return "", true
 	}},
 	{"VW_MAXLAG", "", "500ms", "age at which queued video is dropped", func(s *settings, v string) (string, bool) {

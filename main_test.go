@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -173,6 +174,10 @@ func (l *logBuffer) String() string {
 }
 
 func TestRun(t *testing.T) {
+	damaged := filepath.Join(t.TempDir(), "state")
+	if err := os.WriteFile(damaged, []byte("{\"vw\":1,\"streams\":1,\"destinations\":0}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	tests := []struct {
 		name           string
 		args, env      []string
@@ -187,6 +192,9 @@ func TestRun(t *testing.T) {
 		{"host", []string{"stream"}, []string{"VW_HOST=a b"}, 2, "", `VW_HOST="a b": it must be an address`},
 		{"level", []string{"stream"}, []string{"VW_LOG_LEVEL=loud"}, 2, "", `VW_LOG_LEVEL="loud": it must be one of`},
 		{"lag", []string{"stream"}, []string{"VW_MAXLAG=2"}, 2, "", `VW_MAXLAG="2": it must be a duration`},
+		{"unknown host", []string{"stream"}, []string{"VW_PORT=0", "VW_HOST=nowhere.invalid"}, 2, "", `VW_HOST="nowhere.invalid": `},
+		{"state", []string{"stream"}, []string{"VW_PORT=0", "VW_STATE=" + damaged}, 2, "", "line 2: it is missing"},
+		{"no folder", []string{"stream"}, []string{"VW_PORT=0", "VW_STATE=/no/such/folder/f"}, 2, "", `VW_STATE="/no/such/folder/f": open `},
 		{"profile", []string{"stream"}, []string{"VW_CPUPROFILE=/no/such/folder/f"}, 2, "", "VW_CPUPROFILE"},
 	}
 	for _, tt := range tests {

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -173,10 +174,14 @@ type rules struct {
 	dial   func(ctx context.Context, network, address string) (net.Conn, error)
 	roots  *x509.CertPool // that vouch for relays; nil: the system's
 	maxLag time.Duration
+	file   string // the state file; "": none
 	log    *slog.Logger
-	tasks  sync.WaitGroup // the goroutines of destinations and take-overs
+	tasks  sync.WaitGroup // the goroutines of destinations, take-overs and the state file
 
-	mu           sync.RWMutex
+	storing sync.Mutex  // held while the set is written, and while something is added; taken before mu
+	behind  atomic.Bool // the file is not the set
+
+	mu           sync.RWMutex // held while a change is applied, which may take 50 ms
 	streams      map[string][]string
 	destinations map[string]*running
 }
@@ -195,6 +200,77 @@ func newRules(ctx context.Context, x *mux, maxLag time.Duration, log *slog.Logge
 	}
 }
 
+// keep makes the rules in the state file called name those of r, and the file
+// follow r from now on. It is called once, before any other method.
+func (r *rules) keep(name string) error {
+	set, err := readState(name)
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for name, feeds := range set.streams {
+		r.applyStream(streamRule{name, feeds})
+	}
+	for _, rule := range set.destinations {
+		r.applyDestination(rule)
+	}
+	r.file = name
+	r.tasks.Go(r.catchUp)
+	return nil
+}
+
+// catchUp tries again to write the state file when that has failed.
+func (r *rules) catchUp() {
+	again := time.NewTicker(10 * time.Second)
+	defer again.Stop()
+	for r.ctx.Err() == nil {
+		select {
+		case <-again.C:
+		case <-r.ctx.Done():
+		}
+		if r.behind.Load() && r.store() == nil {
+			r.log.Info("the rules are stored again")
+		}
+	}
+}
+
+// errNotStored: the state file could not be written.
+type errNotStored struct {
+	inForce string // what that means for the change
+	error
+}
+
+func (e errNotStored) Error() string { return e.inForce + ": " + e.error.Error() }
+
+// store writes the set as it is to the state file, after a change that only
+// takes away: a full disk does not keep a mute from being in force.
+func (r *rules) store() error {
+	r.storing.Lock()
+	defer r.storing.Unlock()
+	if err := r.write(r.set()); err != nil {
+		return errNotStored{"in force, not stored", err}
+	}
+	return nil
+}
+
+// set returns a copy of the rules.
+func (r *rules) set() ruleSet {
+	return ruleSet{r.allStreams(), r.allDestinations()}
+}
+
+// write makes set the content of the state file; storing is held.
+func (r *rules) write(set ruleSet) error {
+	if r.file == "" {
+		return nil
+	}
+	err := writeState(r.file, set.encode())
+	if was := r.behind.Swap(err != nil); !was && err != nil {
+		r.log.Error("the rules are not stored", "err", err)
+	}
+	return err
+}
+
 // setStream adds or changes a stream. When it returns, no message of a feed
 // that the rule no longer has will be begun (I6).
 func (r *rules) setStream(rule streamRule) (streamRule, error) {
@@ -202,12 +278,51 @@ func (r *rules) setStream(rule streamRule) (streamRule, error) {
 	if err != nil {
 		return rule, err
 	}
+	if done, err := r.mute(rule); done {
+		return rule, err
+	}
+	r.storing.Lock()
+	defer r.storing.Unlock()
+	set := r.set()
+	old := set.streams[rule.Stream]
+	set.streams[rule.Stream] = rule.Feeds
+	if err := r.write(set); err != nil {
+		return rule, errNotStored{"nothing has changed", err}
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if slices.Equal(r.streams[rule.Stream], old) { // else it was muted or deleted in the meantime: that came after this
+		r.applyStream(rule)
+	}
+	return rule, nil
+}
+
+// mute sets a stream if the rule adds no feed to it.
+func (r *rules) mute(rule streamRule) (done bool, err error) {
+	r.mu.Lock()
+	old, ok := r.streams[rule.Stream]
+	for _, f := range rule.Feeds {
+		ok = ok && slices.Contains(old, f)
+	}
+	same := ok && slices.Equal(old, rule.Feeds)
+	if ok && !same {
+		r.applyStream(rule)
+	}
+	r.mu.Unlock()
+	switch {
+	case !ok:
+		return false, nil
+	case same && !r.behind.Load():
+		return true, nil
+	}
+	return true, r.store()
+}
+
+// applyStream is called with mu held.
+func (r *rules) applyStream(rule streamRule) {
 	r.streams[rule.Stream] = rule.Feeds
 	await(r.mux.setStream(rule.Stream, rule.Feeds, true))
 	r.log.Info("stream set", "stream", rule.Stream, "feeds", strings.Join(rule.Feeds, " "))
-	return rule, nil
 }
 
 // stream returns the feeds of a stream, or errNotFound.
@@ -231,23 +346,27 @@ func (r *rules) allStreams() map[string][]string {
 // deleteStream removes a stream, as setStream without feeds would silence it.
 func (r *rules) deleteStream(name string) error {
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	if _, ok := r.streams[name]; !ok {
+	_, ok := r.streams[name]
+	if ok {
+		await(r.dropStream(name))
+	}
+	r.mu.Unlock()
+	if !ok {
 		return fmt.Errorf("stream %q: %w", name, errNotFound)
 	}
-	await(r.dropStream(name))
-	return nil
+	return r.store()
 }
 
 // deleteStreams removes all streams.
-func (r *rules) deleteStreams() {
+func (r *rules) deleteStreams() error {
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	var words []<-chan struct{}
 	for name := range r.streams {
 		words = append(words, r.dropStream(name)...)
 	}
 	await(words)
+	r.mu.Unlock()
+	return r.store()
 }
 
 // dropStream is called with mu held; the stream is silent when its words are.
@@ -276,18 +395,42 @@ func await(words []<-chan struct{}) {
 }
 
 // setDestination adds or changes a destination. The same rule again changes
-// nothing. A new URL for the same stream is opened beside the old one, which
-// ends when the new one has taken over; any other change ends the old one now.
+// nothing.
 func (r *rules) setDestination(rule destinationRule) (destinationRule, error) {
-	rule, u, err := rule.clean()
+	rule, _, err := rule.clean()
 	if err != nil {
 		return rule, err
 	}
+	r.storing.Lock()
+	defer r.storing.Unlock()
+	set := r.set()
+	old, known := set.destinations[string(rule.ID)]
+	if known && old == rule && !r.behind.Load() {
+		return rule, nil
+	}
+	set.destinations[string(rule.ID)] = rule
+	if err := r.write(set); err != nil {
+		return rule, errNotStored{"nothing has changed", err}
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if known == (r.destinations[string(rule.ID)] != nil) { // else it was deleted in the meantime: that came after this
+		r.applyDestination(rule)
+	}
+	return rule, nil
+}
+
+// applyDestination starts a destination; mu is held. A new URL for the same
+// stream is opened beside the old one, which ends when the new one has taken
+// over; any other change ends the old one now.
+func (r *rules) applyDestination(rule destinationRule) {
 	was := r.destinations[string(rule.ID)]
 	if was != nil && was.rule == rule {
-		return rule, nil
+		return
+	}
+	u, err := url.Parse(rule.Destination)
+	if err != nil {
+		panic(err) // a rule is clean
 	}
 	d := &destination{
 		rule: rule, url: u, mux: r.mux, dial: r.dial, roots: r.roots, maxLag: r.maxLag,
@@ -305,7 +448,6 @@ func (r *rules) setDestination(rule destinationRule) (destinationRule, error) {
 	if len(is.old) > 0 {
 		r.tasks.Go(func() { handOver(was.destination, d) })
 	}
-	return rule, nil
 }
 
 // handOver ends old when its successor could be watched, and at the latest
@@ -373,20 +515,21 @@ func (r *rules) allDestinations() map[string]destinationRule {
 // written to its relay (I6).
 func (r *rules) deleteDestination(name string) error {
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	d := r.destinations[name]
+	if d != nil {
+		delete(r.destinations, name)
+		d.stop()
+	}
+	r.mu.Unlock()
 	if d == nil {
 		return fmt.Errorf("destination %q: %w", name, errNotFound)
 	}
-	delete(r.destinations, name)
-	d.stop()
-	return nil
+	return r.store()
 }
 
 // deleteDestinations removes all destinations.
-func (r *rules) deleteDestinations() {
+func (r *rules) deleteDestinations() error {
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	for _, d := range r.destinations {
 		d.cancel(errRemoved)
 	}
@@ -394,6 +537,8 @@ func (r *rules) deleteDestinations() {
 		delete(r.destinations, name)
 		d.stop()
 	}
+	r.mu.Unlock()
+	return r.store()
 }
 
 // decode reads exactly one JSON value, without fields that v has not.

@@ -1,0 +1,347 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+const testState = `{"vw":1,"streams":2,"destinations":1}
+{"stream":"stream/a","feeds":["video0","audio0"]}
+{"stream":"stream/b","feeds":[]}
+{"id":"0","stream":"stream/a","destination":"ws://relay.invalid/in/a?x=1&y=<2>"}
+`
+
+// TestDecodeState: a damaged file is an error that names the line.
+func TestDecodeState(t *testing.T) {
+	set, err := decodeState([]byte(testState))
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := decodeState(set.encode())
+	if err != nil || !reflect.DeepEqual(again, set) || len(set.streams) != 2 || len(set.destinations) != 1 {
+		t.Errorf("encoded and decoded again: got %v, %v, want %v", again, err, set)
+	}
+	for _, tt := range []struct{ name, old, new, want string }{
+		{"empty", testState, "", "line 1: it is missing"},
+		{"zeros", testState, strings.Repeat("\x00", 512), "line 1: it ends before its newline"},
+		{"cut in a line", "<2>\"}\n", "", "line 4: it ends before its newline"},
+		{"cut between lines", testState[strings.Index(testState, `{"id"`):], "", "line 4: it is missing"},
+		{"version", `"vw":1`, `"vw":2`, `line 1: "vw" is 2, it must be 1`},
+		{"negative", `"streams":2`, `"streams":-1`, "line 2: "},
+		{"one too many", `"destinations":1`, `"destinations":0`, "line 4: there should be 2 streams and 0 destinations"},
+		{"not JSON", `"video0"`, `video0`, "line 2: JSON: "},
+		{"twice", `stream/b`, `stream/a`, `line 3: stream "stream/a" is there twice`},
+		{"a name", `video0`, `video/../0`, `line 2: feed "video/../0": `},
+		{"unknown field", `"feeds":[]`, `"feeds":[],"x":1`, `line 3: JSON: unknown field "x"`},
+		{"a URL", `ws://`, `gopher://`, `line 4: destination "gopher://`},
+		{"no feeds", `"feeds":[]`, `"feeds":null`, `line 3: stream "stream/b": "feeds" is missing`},
+		{"blank line", "{\"id\"", "\n{\"id\"", "line 4: JSON: "},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			text := strings.Replace(testState, tt.old, tt.new, 1)
+			if text == testState {
+				t.Fatal("the case changes nothing")
+			}
+			if _, err := decodeState([]byte(text)); err == nil || !strings.HasPrefix(err.Error(), tt.want) {
+				t.Errorf("got %v, want %q…", err, tt.want)
+			}
+		})
+	}
+}
+
+// FuzzDecodeState: what can be read is written so that it reads the same.
+func FuzzDecodeState(f *testing.F) {
+	f.Add([]byte(testState))
+	f.Add([]byte(`{"vw":1,"streams":0,"destinations":0}` + "\n"))
+	f.Add([]byte(`{"vw":1,"streams":9999999999,"destinations":-1}` + "\n{}\n"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		set, err := decodeState(b)
+		if err != nil {
+			return
+		}
+		text := set.encode()
+		again, err := decodeState(text)
+		if err != nil || !reflect.DeepEqual(again, set) || !bytes.Equal(again.encode(), text) {
+			t.Errorf("got %v, %v, want %v", again, err, set)
+		}
+	})
+}
+
+// keepRules returns rules that keep a state file, and whose destinations
+// cannot dial; end ends them.
+func keepRules(t *testing.T, file string) (r *rules, end func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	r = newRules(ctx, newMux(), time.Second, discardLog)
+	r.dial = func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("none") }
+	end = sync.OnceFunc(func() {
+		cancel()
+		r.tasks.Wait()
+	})
+	t.Cleanup(end)
+	if err := r.keep(file); err != nil {
+		t.Fatal(err)
+	}
+	return r, end
+}
+
+// onDisk is the content of a state file.
+func onDisk(t *testing.T, file string) string {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// TestState: every change is in the file when its call returns, and the rules
+// are there again after a restart.
+func TestState(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "state")
+	r, end := keepRules(t, file)
+	for i, change := range []func() error{
+		func() error { return nil },
+		func() error { _, err := r.setStream(streamRule{"stream/a", []string{"video0", "audio0"}}); return err },
+		func() error { _, err := r.setStream(streamRule{"stream/a", []string{"video0"}}); return err },
+		func() error { _, err := r.setStream(streamRule{"stream/b", []string{}}); return err },
+		func() error {
+			_, err := r.setDestination(destinationRule{"0", "stream/a", "ws://relay.invalid/"})
+			return err
+		},
+		func() error {
+			_, err := r.setDestination(destinationRule{"0", "stream/a", "ws://other.invalid/"})
+			return err
+		},
+		func() error {
+			_, err := r.setDestination(destinationRule{"1", "video0", "ws://other.invalid/"})
+			return err
+		},
+		func() error { return r.deleteDestination("0") },
+		func() error { return r.deleteStream("stream/b") },
+		func() error {
+			end()
+			r, end = keepRules(t, file)
+			return nil
+		},
+		func() error { return r.deleteDestinations() },
+		func() error { return r.deleteStreams() },
+	} {
+		before := onDisk(t, file)
+		if err := change(); err != nil {
+			t.Fatal(i, err)
+		}
+		after := onDisk(t, file)
+		set, err := decodeState([]byte(after))
+		if err != nil || !reflect.DeepEqual(set, r.set()) {
+			t.Errorf("change %d: the file has %v, %v, want %v", i, set, err, r.set())
+		}
+		if restart := i == 0 || i == 9; restart != (before == after) {
+			t.Errorf("change %d: the file was\n%s and is\n%s", i, before, after)
+		}
+	}
+	if info, err := os.Stat(file); err != nil || info.Mode() != 0o600 {
+		t.Errorf("got mode %v, %v, want 0600", info.Mode(), err)
+	}
+}
+
+// TestStateReadOnly: what cannot be stored changes nothing, unless it only
+// takes away; that is stored as soon as it can be.
+func TestStateReadOnly(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "state")
+	synctest.Test(t, func(t *testing.T) {
+		r, end := keepRules(t, file)
+		defer end()
+		r.setStream(streamRule{"stream/a", []string{"video0", "audio0"}})
+		r.setStream(streamRule{"stream/b", []string{"video1"}})
+		r.setDestination(destinationRule{"0", "stream/a", "ws://relay.invalid/"})
+		r.setDestination(destinationRule{"1", "stream/a", "ws://relay.invalid/"})
+		stored, was := onDisk(t, file), r.set()
+		os.Chmod(file, 0o400)
+		s := newServer(t.Context(), r, "", discardLog)
+		for _, tt := range []struct {
+			request, want string
+			inForce       func() bool
+		}{
+			{`POST /api/streams {"stream":"stream/c","feeds":["video0"]}`, "nothing has changed", nil},
+			{`POST /api/streams {"stream":"stream/a","feeds":["video0","audio1"]}`, "nothing has changed", nil},
+			{`POST /api/destinations {"id":"2","stream":"stream/a","destination":"ws://relay.invalid/"}`, "nothing has changed", nil},
+			{`POST /api/destinations {"id":"0","stream":"stream/a","destination":"ws://other.invalid/"}`, "nothing has changed", nil},
+			{`POST /api/streams {"stream":"stream/a","feeds":["video0"]}`, "in force, not stored", func() bool { return len(r.set().streams["stream/a"]) == 1 }},
+			{`DELETE /api/streams/stream/b`, "in force, not stored", func() bool { return len(r.set().streams) == 1 }},
+			{`DELETE /api/destinations/0`, "in force, not stored", func() bool { return len(r.set().destinations) == 1 }},
+			{`DELETE /api/destinations/all`, "in force, not stored", func() bool { return len(r.set().destinations) == 0 }},
+		} {
+			want := fmt.Sprintf(`500 {"error":"%s: write %s: the file is read-only"}`, tt.want, file)
+			if got := ask(s, tt.request); got != want {
+				t.Errorf("%s: got %s, want %s", tt.request, got, want)
+			}
+			if tt.inForce == nil && !reflect.DeepEqual(r.set(), was) || tt.inForce != nil && !tt.inForce() {
+				t.Errorf("%s: the rules are %v", tt.request, r.set())
+			}
+			if got := onDisk(t, file); got != stored {
+				t.Errorf("%s: the file has\n%s", tt.request, got)
+			}
+		}
+		os.Chmod(file, 0o600)
+		time.Sleep(11 * time.Second)
+		if set, err := decodeState([]byte(onDisk(t, file))); err != nil || !reflect.DeepEqual(set, r.set()) {
+			t.Errorf("at last: got %v, %v, want %v", set, err, r.set())
+		}
+	})
+}
+
+// TestStateSlowDisk: a mute and a delete do not wait for a disk that hangs in
+// another change, and are not undone when that goes on.
+func TestStateSlowDisk(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "state")
+	r, _ := keepRules(t, file)
+	r.setStream(streamRule{"stream/a", []string{"video0", "audio0"}})
+	r.setDestination(destinationRule{"0", "stream/a", "ws://relay.invalid/"})
+	if err := syscall.Mkfifo(file+".new", 0o600); err != nil { // its open hangs until somebody reads
+		t.Fatal(err)
+	}
+	var calls sync.WaitGroup
+	calls.Go(func() { r.setStream(streamRule{"stream/a", []string{"video0", "audio0", "audio1"}}) })
+	waitFor(t, "a change to hang in the disk", func() bool {
+		if r.storing.TryLock() {
+			r.storing.Unlock()
+			return false
+		}
+		return true
+	})
+	calls.Go(func() {
+		if _, err := r.setStream(streamRule{"stream/a", []string{"video0"}}); err != nil {
+			t.Errorf("mute: %v", err)
+		}
+	})
+	calls.Go(func() {
+		if err := r.deleteDestination("0"); err != nil {
+			t.Errorf("delete: %v", err)
+		}
+	})
+	waitFor(t, "mute and delete to be in force", func() bool {
+		set := r.set()
+		return len(set.streams["stream/a"]) == 1 && len(set.destinations) == 0
+	})
+	fifo, err := os.Open(file + ".new")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer fifo.Close()
+	calls.Wait()
+	want := ruleSet{map[string][]string{"stream/a": {"video0"}}, map[string]destinationRule{}}
+	if got, err := decodeState([]byte(onDisk(t, file))); err != nil || !reflect.DeepEqual(got, want) || !reflect.DeepEqual(r.set(), want) {
+		t.Errorf("got %v, %v on the disk and %v in force, want %v", got, err, r.set(), want)
+	}
+}
+
+// TestE2EStateKill: vw is killed at any moment while rules change; after each
+// restart the rules are those that a caller was told last, or that he was
+// waiting to be told.
+func TestE2EStateKill(t *testing.T) {
+	const rounds = 200
+	file := filepath.Join(t.TempDir(), "state")
+	want := []string{"{}{}"} // one of these
+	changes, unanswered := 0, 0
+	for range rounds {
+		vw := startVW(t, "VW_STATE="+file)
+		got := vw.call(t, http.StatusOK, "GET", "/api/streams/all", "") + vw.call(t, http.StatusOK, "GET", "/api/destinations/all", "")
+		if !slices.Contains(want, got) {
+			t.Fatalf("after %d changes: got %s, want one of %s", changes, got, want)
+		}
+		model := newModel(t, got)
+		var killed sync.WaitGroup
+		killed.Go(func() {
+			time.Sleep(rand.N(40 * time.Millisecond))
+			vw.cmd.Process.Kill()
+		})
+		want = nil
+		for {
+			before := model.String()
+			method, path, body := model.change()
+			req, _ := http.NewRequest(method, vw.url+path, strings.NewReader(body))
+			resp, err := http.DefaultClient.Do(req)
+			if err != nil {
+				want = []string{before, model.String()}
+				unanswered++
+				break
+			}
+			io.Copy(io.Discard, resp.Body)
+			resp.Body.Close()
+			changes++
+			if resp.StatusCode != http.StatusOK {
+				t.Fatalf("%s %s %s: %s", method, path, body, resp.Status)
+			}
+		}
+		killed.Wait()
+		vw.kill(t)
+		vw.err = nil // as it should
+		http.DefaultClient.CloseIdleConnections()
+	}
+	t.Logf("%d kills, %d changes answered, %d not", rounds, changes, unanswered)
+}
+
+// ruleModel is what the rules should be.
+type ruleModel struct {
+	streams      map[string][]string
+	destinations map[string]destinationRule
+}
+
+func newModel(t *testing.T, text string) *ruleModel {
+	m := &ruleModel{}
+	d := json.NewDecoder(strings.NewReader(text))
+	if err := errors.Join(d.Decode(&m.streams), d.Decode(&m.destinations)); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func (m *ruleModel) String() string {
+	a, _ := json.Marshal(m.streams)
+	b, _ := json.Marshal(m.destinations)
+	return string(a) + string(b)
+}
+
+// change changes the model, and returns the call that does the same.
+func (m *ruleModel) change() (method, path, body string) {
+	n := rand.IntN(8)
+	name, dest := fmt.Sprint("stream/", n), fmt.Sprint(n)
+	switch _, known := m.streams[name]; {
+	case rand.IntN(20) == 0:
+		clear(m.streams)
+		return "DELETE", "/api/streams/all", ""
+	case known && rand.IntN(3) == 0:
+		delete(m.streams, name)
+		return "DELETE", "/api/streams/" + name, ""
+	case rand.IntN(2) == 0:
+		m.streams[name] = []string{"video0", "audio0", "audio1"}[:rand.IntN(4)]
+		b, _ := json.Marshal(streamRule{name, m.streams[name]})
+		return "POST", "/api/streams", string(b)
+	}
+	if _, known := m.destinations[dest]; known && rand.IntN(3) == 0 {
+		delete(m.destinations, dest)
+		return "DELETE", "/api/destinations/" + dest, ""
+	}
+	rule := destinationRule{ID: id(dest), Stream: name, Destination: fmt.Sprintf("ws://127.0.0.1:1/%d", rand.IntN(3))}
+	m.destinations[dest] = rule
+	b, _ := json.Marshal(rule)
+	return "POST", "/api/destinations", string(b)
+}
