@@ -50,9 +50,6 @@ const (
 const (
 	defaultPlayer    = "https://cdn.jsdelivr.net/npm/@cycjimmy/jsmpeg-player@6.1.2/dist/jsmpeg-player.umd.min.js"
 	defaultIntegrity = "sha384-ZXLP4mPW4hwqJq+wWAofBuATF82RsfliKzqoOZn3tXLzhlxCiuqeeyU76TcST2gK"
-	// Of the style sheet that it adds when it is loaded. The page has no use
-	// for it, but without its hash the browser's console complains.
-	playerStyle = "'sha256-lRyplcblLyRa4o+ZUBNzXETDGwKXzgKgrWbiYOwfTLg='"
 )
 
 // player is where the page gets its player: from a URL, or else a file.
@@ -93,7 +90,7 @@ func (s *server) pageHeader(w http.ResponseWriter, r *http.Request) {
 	}
 	h := w.Header()
 	h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' "+script+
-		"; style-src 'self' "+playerStyle+"; img-src 'self'; connect-src 'self'"+connect+
+		"; style-src 'self'; img-src 'self'; connect-src 'self'"+connect+
 		"; form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Referrer-Policy", "no-referrer")

@@ -47,8 +47,8 @@ func TestPageFiles(t *testing.T) {
 		}
 		size += w.Body.Len()
 		for name, want := range map[string]string{
-			"Content-Security-Policy": "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' " + defaultPlayer + "; style-src 'self' " + playerStyle +
-				"; img-src 'self'; connect-src 'self' ws://localhost:8888 wss://localhost:8888; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+			"Content-Security-Policy": "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' " + defaultPlayer +
+				"; style-src 'self'; img-src 'self'; connect-src 'self' ws://localhost:8888 wss://localhost:8888; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
 			"X-Content-Type-Options": "nosniff",
 			"Referrer-Policy":        "no-referrer",
 		} {
@@ -535,8 +535,13 @@ func TestPage(t *testing.T) {
 	if got := v.call(t, 200, "GET", "/api/destinations/all", ""); got != "{}" {
 		t.Errorf("deleted: got %s, want none", got)
 	}
+	// What a rule was refused with, what Chromium thinks of WebGL without a GPU,
+	// and the style sheet that JSMpeg adds for something that is not used here.
+	known := regexp.MustCompile(`status of 400|"source":"rendering"|"Applying inline style .*/player.js`)
 	for _, line := range b.console {
-		t.Errorf("console: %s", line)
+		if !known.MatchString(line) {
+			t.Errorf("console: %s", line)
+		}
 	}
 }
 
@@ -588,8 +593,8 @@ func TestPageSignIn(t *testing.T) {
 	if got := b.js(t, "document.cookie"); got != "" {
 		t.Errorf("a script can read the cookie %q", got)
 	}
-	b.js(t, "new Promise(() => { window.probe = new WebSocket(http.replace('http', 'ws') + 'out/video0') })")
-	b.until(t, "1", "window.probe.readyState")
+	b.js(t, "window.probe = new WebSocket(http.replace('http', 'ws') + 'out/video0')")
+	b.until(t, "1", "probe.readyState")
 	b.tap(t, part(row("feeds", "video0"), "watch"))
 	b.until(t, "true", "document.querySelector('#preview .note').textContent.includes('VW_PLAYER=')")
 	b.look(t, "no-player")

@@ -214,7 +214,7 @@ function showDestination(row, d, id) {
   row.dataset.state = d.state;
   const dropped = Object.values(d.dropped ?? {}).reduce((a, b) => a + b, 0);
   fill(row, {
-    name: id, state: d.state, rate: destinationRate(id, d.bytes),
+    name: id, state: d.state, rate: d.state === 'open' ? destinationRate(id, d.bytes) : '',
     route: `${d.stream} → ${shown(d.destination)}`,
     detail: [
       `${d.state} since ${clock(d.since)}`,
@@ -287,7 +287,10 @@ function form(id, f) {
   }
   node.onsubmit = (e) => {
     e.preventDefault();
-    attempt(node, node.querySelector('button'), () => f(node.elements));
+    attempt(node, node.querySelector('button'), async () => {
+      await f(node.elements);
+      node.closest('details')?.removeAttribute('open');
+    });
   };
 }
 
@@ -456,8 +459,7 @@ function measure() {
 function note() {
   const w = watching, all = codecs(w.name), mp2 = all.includes('mp2');
   const odd = all.find((c) => !isVideo.test(c) && c !== 'mp2');
-  const button = $('preview').querySelector('.sound');
-  button.disabled = !mp2;
+  $('preview').querySelector('.sound').hidden = !mp2 || !!w.why;
   text($('preview').querySelector('.note'), w.why || [
     !all.length && 'Nobody publishes this now.',
     all.length && !w.pictures && all.some((c) => isVideo.test(c)) && 'Waiting for a keyframe.',
