@@ -499,7 +499,9 @@ func TestPage(t *testing.T) {
 	}
 
 	// Preview of a stream, with sound at a tap.
+	// The browser checks the file against the hash that the CDN's must have.
 	const note = "document.querySelector('#preview .note').textContent"
+	b.js(t, fmt.Sprintf("document.body.dataset.integrity = %q", defaultIntegrity))
 	b.tap(t, part(row("streams", "stream/test"), "watch"))
 	b.until(t, "true", "watching.pictures > 50")
 	b.until(t, "true", "/ (2[0-9]|1[5-9]|30) pictures/.test(' ' + "+note+")")
@@ -562,6 +564,21 @@ func TestPageDeadRelay(t *testing.T) {
 	defer relay.signal(t, syscall.SIGCONT)
 	b.until(t, "true", part(destination, "state")+".textContent !== 'open' && "+part(destination, "reason")+".textContent !== ''")
 	t.Logf("the silent relay showed after %.1f s: %s", time.Since(stopped).Seconds(), b.js(t, part(destination, "reason")+".textContent"))
+}
+
+// TestPagePlayerURL: the policy lets the page load a player from where
+// VW_PLAYER says.
+func TestPagePlayerURL(t *testing.T) {
+	elsewhere := httptest.NewServer(http.FileServer(http.Dir(filepath.Dir(npmPlayer(t)))))
+	t.Cleanup(elsewhere.Close)
+	v := startVW(t, "VW_PLAYER="+elsewhere.URL+"/jsmpeg-player.umd.min.js?x=1")
+	startFFmpeg(t, realTime, videoInput, videoCodec, []string{v.url + "/ts/video0"})
+	b := pageBrowser{startBrowser(t)}
+	b.open(t, v.url+"/")
+	b.until(t, "live", part(row("feeds", "video0"), "state")+".textContent")
+	b.tap(t, part(row("feeds", "video0"), "watch"))
+	b.until(t, "true", "watching.pictures > 10")
+	b.js(t, "unwatch()")
 }
 
 // TestPageSignIn: from another machine, through a proxy, the page asks for

@@ -445,13 +445,13 @@ async function watch(name, sound) {
 }
 
 // measure looks once a second at what was decoded. A decoder that gets media
-// and makes nothing of it for long is begun anew.
+// and makes nothing of it for long is begun anew; one that can't is ended.
 function measure() {
   const w = watching, { pictures = 0, sounds = 0, bytes = 0 } = w.last;
   w.rates = { pictures: w.pictures - pictures, sounds: w.sounds - sounds };
   w.idle = w.bytes > bytes && w.rates.pictures + w.rates.sounds === 0 ? w.idle + 1 : 0;
   w.last = { pictures: w.pictures, sounds: w.sounds, bytes: w.bytes };
-  if (w.idle >= 10) watch(w.name, w.sound);
+  if (w.idle >= 10 || unplayable(w.name)) watch(w.name, w.sound);
   note();
 }
 
