@@ -55,7 +55,6 @@ func newServer(ctx context.Context, r *rules, token string, log *slog.Logger) *s
 		routes: http.NewServeMux(), cross: http.NewCrossOriginProtection(),
 	}
 	s.host, _ = os.Hostname()
-	s.player, _ = newPlayer("")
 	for _, method := range []string{"POST", "PUT", "UPDATE"} {
 		s.handle(method+" /api/streams", s.setStream)
 		s.handle(method+" /api/destinations", s.setDestination)

@@ -33,6 +33,7 @@ const far = "192.0.2.1:5000"
 // TestPageFiles: small, nothing inline, and with a policy that refuses what is.
 func TestPageFiles(t *testing.T) {
 	s := newTestServer(t, "")
+	s.player, _ = newPlayer("")
 	size := 0
 	for path, kind := range pageTypes {
 		if path == "/login" || path == "/player.js" {
