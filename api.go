@@ -35,14 +35,15 @@ const (
 // server answers HTTP. Its handlers end when ctx does; tasks counts them, since
 // http.Server.Shutdown does not wait for hijacked connections.
 type server struct {
-	ctx    context.Context
-	rules  *rules
-	mux    *mux
-	maxLag time.Duration
-	token  string // what peers that are not loopback present; "": none may
-	player player // of the page
-	log    *slog.Logger
-	tasks  sync.WaitGroup
+	ctx     context.Context
+	rules   *rules
+	mux     *mux
+	maxLag  time.Duration
+	started time.Time
+	token   string // what peers that are not loopback present; "": none may
+	player  player // of the page
+	log     *slog.Logger
+	tasks   sync.WaitGroup
 
 	routes *http.ServeMux
 	cross  *http.CrossOriginProtection
@@ -52,7 +53,7 @@ type server struct {
 func newServer(ctx context.Context, r *rules, token string, log *slog.Logger) *server {
 	s := &server{
 		ctx: ctx, rules: r, mux: r.mux, maxLag: r.maxLag, token: token, log: log,
-		routes: http.NewServeMux(), cross: http.NewCrossOriginProtection(),
+		started: time.Now(), routes: http.NewServeMux(), cross: http.NewCrossOriginProtection(),
 	}
 	s.host, _ = os.Hostname()
 	for _, method := range []string{"POST", "PUT", "UPDATE"} {
@@ -63,7 +64,9 @@ func newServer(ctx context.Context, r *rules, token string, log *slog.Logger) *s
 	s.handle("DELETE /api/streams/{stream...}", s.deleteStream)
 	s.handle("GET /api/destinations/{id...}", s.getDestination)
 	s.handle("DELETE /api/destinations/{id...}", s.deleteDestination)
+	s.handle("GET /api/stats", s.getStats)
 	s.routes.HandleFunc("GET /api/events", s.events)
+	s.routes.HandleFunc("GET /metrics", s.getMetrics)
 	s.handle("GET /healthcheck", func(*http.Request) (any, error) { return "ok", nil })
 	s.routes.HandleFunc("POST /ts/{feed...}", s.postFeed)
 	s.routes.HandleFunc("PUT /ts/{feed...}", s.postFeed)
@@ -364,12 +367,17 @@ func (s *server) publish(r *http.Request, interrupt func()) error {
 	defer onDone(s.ctx, interrupt)()
 	log := s.log.With("feed", name, "remote", r.RemoteAddr)
 	log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
-	err = s.mux.publish(name, &publisher{interrupt: interrupt}, r.Body)
+	err = s.mux.publish(name, newPublisher(r, interrupt), r.Body)
 	if s.ctx.Err() != nil {
 		err = errShutdown
 	}
 	log.Info("publisher left", "err", err)
 	return err
+}
+
+// newPublisher is who made the request.
+func newPublisher(r *http.Request, interrupt func()) *publisher {
+	return &publisher{remote: r.RemoteAddr, agent: fmt.Sprintf("%.100s", r.UserAgent()), interrupt: interrupt}
 }
 
 // getTS sends a feed or stream as it is, until the reader leaves.
@@ -430,7 +438,7 @@ func (s *server) in(w http.ResponseWriter, r *http.Request) {
 		l.log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
 		ctx, cancel := context.WithCancelCause(s.ctx)
 		defer cancel(nil)
-		p := &publisher{interrupt: func() { cancel(errReplaced) }}
+		p := newPublisher(r, func() { cancel(errReplaced) })
 		return l.serve(ctx, l.subscribe(bare, s.maxLag), func() error {
 			return s.mux.publish(name, p, cutOff{ws})
 		}, func() {})

@@ -8,7 +8,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	crand "crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
@@ -25,6 +27,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/net/websocket"
@@ -80,6 +83,9 @@ type link struct {
 	control chan []byte // control frames that x/net wrote
 	wake    func()      // makes the send loop look at them
 
+	ping      atomic.Pointer[sentPing] // that waits for its pong; nil: none
+	roundTrip atomic.Int64             // nanoseconds that the last one took; 0: not known
+
 	// owned by the send loop
 	iov     [][]byte
 	vec     net.Buffers
@@ -119,6 +125,7 @@ func (l *link) Read(p []byte) (int, error) {
 			l.SetReadDeadline(time.Now().Add(l.silence))
 		}
 		n, err := l.Conn.Read(p)
+		l.hear(p[:n])
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			err = fmt.Errorf("nothing read for %v", l.silence)
 		}
@@ -279,7 +286,7 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 		now := time.Now()
 		var frame []byte // one a turn: who pings us by the thousand does not hold up the media
 		if l.pings > 0 && now.Sub(pinged) >= l.pings {
-			frame = appendFrame(nil, opPing, nil, l.masks)
+			frame = l.newPing(now)
 			pinged = now
 			ping.Reset(l.pings)
 		} else {
@@ -297,6 +304,29 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 		if err := l.sendBatch(ctx, s, now); err != nil {
 			return err
 		}
+	}
+}
+
+// sentPing is a ping on its way.
+type sentPing struct {
+	at   time.Time
+	pong []byte // the frame that answers it
+}
+
+// newPing returns the frame of a ping that can be told from others.
+func (l *link) newPing(now time.Time) []byte {
+	payload := make([]byte, 8)
+	crand.Read(payload)
+	l.ping.Store(&sentPing{now, appendFrame(nil, opPong, payload, !l.masks)})
+	return appendFrame(nil, opPing, payload, l.masks)
+}
+
+// hear looks for the answer to a ping in what was read. One that does not come
+// whole in one read is missed.
+func (l *link) hear(b []byte) {
+	if p := l.ping.Load(); p != nil && bytes.Contains(b, p.pong) {
+		l.roundTrip.Store(int64(time.Since(p.at)))
+		l.ping.Store(nil)
 	}
 }
 
@@ -477,15 +507,18 @@ type destination struct {
 	hush   func()        // closes quiet, once
 	isLive func()        // closes live, once
 
-	mu   sync.Mutex
-	sub  *subscriber // of the open connection; nil without
-	past counters    // of the connections before it
+	mu     sync.Mutex
+	link   *link       // the open connection; nil without
+	sub    *subscriber // its queue
+	past   counters    // of the connections before it
+	status status
 }
 
 // start makes d run, in a goroutine of tasks, until ctx is done or stop.
 func (d *destination) start(ctx context.Context, tasks *sync.WaitGroup) {
 	ctx, d.cancel = context.WithCancelCause(ctx)
 	d.quiet, d.live = make(chan struct{}), make(chan struct{})
+	d.is("connecting")
 	d.hush = sync.OnceFunc(func() { close(d.quiet) })
 	d.isLive = sync.OnceFunc(func() { close(d.live) })
 	tasks.Go(func() { d.run(ctx) })
@@ -545,6 +578,7 @@ func (d *destination) run(ctx context.Context) {
 			told = kind
 			d.log.Warn("no connection, trying again", "err", err)
 		}
+		d.waits(wait, err)
 		d.log.Debug("waiting", "wait", wait, "err", err)
 		select {
 		case <-ctx.Done():
@@ -594,8 +628,9 @@ func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err
 	s := l.subscribe(masked, d.maxLag)
 	s.live = d.isLive
 	d.mu.Lock()
-	d.sub = s
+	d.link, d.sub = l, s
 	d.mu.Unlock()
+	d.is("open")
 	d.mux.join(d.rule.Stream, s)
 	opened := time.Now()
 	if tell {
@@ -610,7 +645,7 @@ func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err
 	})
 	d.mux.leave(d.rule.Stream, s)
 	d.mu.Lock()
-	d.sub = nil
+	d.link, d.sub = nil, nil
 	d.past.add(s.end())
 	d.mu.Unlock()
 	return time.Since(opened) >= healthyAfter, lost{err}
@@ -631,22 +666,12 @@ type backoff struct {
 // of its return. One that refuses will not mend by itself. Everything else
 // doubles, from 0.25 s to 10 s, until a connection was healthy.
 func (b *backoff) next(err error, healthy bool) time.Duration {
-	var (
-		dial   unreachable
-		status statusError
-		cert   *tls.CertificateVerificationError
-	)
+	var dial unreachable
+	var status statusError
 	switch {
-	case errors.As(err, &dial):
+	case errors.As(err, &dial), errors.As(err, &status) && 502 <= status.code && status.code <= 504:
 		return rand.N(maxReturn)
-	case errors.As(err, &status):
-		switch status.code {
-		case 502, 503, 504:
-			return rand.N(maxReturn)
-		case 401, 403, 404:
-			return 9*time.Second + rand.N(2*time.Second)
-		}
-	case errors.As(err, &cert):
+	case refused(err):
 		return 9*time.Second + rand.N(2*time.Second)
 	}
 	if healthy || b.b == 0 {
@@ -655,4 +680,18 @@ func (b *backoff) next(err error, healthy bool) time.Duration {
 	wait := b.b/2 + rand.N(b.b/2)
 	b.b = min(2*b.b, 10*time.Second)
 	return wait
+}
+
+// refused tells whether err will not mend by itself.
+func refused(err error) bool {
+	var status statusError
+	if errors.As(err, &status) {
+		return status.code == 401 || status.code == 403 || status.code == 404
+	}
+	return errors.As(err, new(*tls.CertificateVerificationError))
+}
+
+// shown is the URL of d without what may be secret.
+func (d *destination) shown() string {
+	return d.url.Scheme + "://" + d.url.Host + d.url.EscapedPath()
 }

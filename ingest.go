@@ -21,7 +21,8 @@ var errNotTS = errors.New("not MPEG-TS")
 var errReplaced = errors.New("replaced by a newer publisher")
 
 const (
-	readSize   = 64 << 10 // bytes asked for at once
+	firstRead  = 8 << 10  // bytes asked for at first: who sends nothing costs little
+	readSize   = 64 << 10 // bytes asked for at once, when there are so many
 	maxFrame   = 1 << 20  // bytes; a longer frame goes out in parts
 	maxHunt    = 64 << 10 // bytes in which a body must show that it is MPEG-TS
 	lockAfter  = 5        // packets in a row that begin with 0x47, to begin with
@@ -36,6 +37,7 @@ type chunkInfo struct {
 	anew     bool     // in a stream: it opened the gate of its feed there
 	hasVideo bool     // its feed has video
 	lead     bool     // it begins with the feed's own PAT
+	frames   int      // that begin in it
 	psi      []byte   // the feed's last PAT and PMT, as they came; nil until known
 	program  *program // in force for it; nil until known
 	lost     bool     // packets or frames before it were lost on the way in
@@ -56,6 +58,10 @@ type pidState struct {
 	left    int  // bytes to come of the open PES; 0: it did not say
 	fills   bool // stuffing was seen in the middle of a PES here: it is no sign of the end
 	stuffed bool // the last PES was ended by stuffing
+
+	counted bool   // counter is that of the last packet
+	counter int    // continuity_counter
+	codec   string // as the bytes say; "": not known
 }
 
 // framer cuts bytes into messages. The held bytes are
@@ -67,6 +73,7 @@ type pidState struct {
 type framer struct {
 	emit func(*message) // gets each chunk; must not block
 
+	ask                   int // bytes in the next read
 	buf                   []byte
 	base, done, lead, pos int
 	head                  frameStart // of the first frame from base on
@@ -82,25 +89,30 @@ type framer struct {
 	pids     []pidState
 
 	locked, everLocked bool
-	lost               bool   // the next chunk comes after a loss
-	resyncs            uint64 // times that synchronisation was lost
+	lost               bool // the next chunk comes after a loss
 	at                 time.Time
+	counts             feedCounts   // not yet taken by the feed
+	listed             []trackStats // what tracks told; nil: it must look again
 }
 
 func newFramer(emit func(*message)) *framer {
-	return &framer{emit: emit, video: -1, pids: make([]pidState, 1, 8)}
+	return &framer{emit: emit, ask: firstRead, video: -1, pids: make([]pidState, 1, 8)}
 }
 
 // read takes what one Read of r gives, and emits what it completes. At the
 // proper end, io.EOF, an unfinished frame is whole; at any other error it is
 // discarded. The error is the reader's, or errNotTS.
 func (f *framer) read(r io.Reader) error {
-	if need := len(f.buf) + readSize; cap(f.buf) < need {
-		f.buf = append(make([]byte, 0, need+readSize), f.buf...)
+	if need := len(f.buf) + f.ask; cap(f.buf) < need {
+		f.buf = append(make([]byte, 0, need+f.ask), f.buf...)
 	}
-	n, err := r.Read(f.buf[len(f.buf) : len(f.buf)+readSize])
+	n, err := r.Read(f.buf[len(f.buf) : len(f.buf)+f.ask])
+	if n == f.ask {
+		f.ask = min(2*f.ask, readSize)
+	}
 	f.buf = f.buf[:len(f.buf)+n]
 	f.at = time.Now()
+	f.counts.bytes += uint64(n)
 	if !f.parse(err == io.EOF) {
 		return errNotTS
 	}
@@ -181,12 +193,12 @@ func (f *framer) unlock() {
 	f.flush()
 	f.locked = false
 	f.lost = true
-	f.resyncs++
+	f.counts.resyncs++
 	f.drop()
 	f.head, f.tail, f.leadPAT = frameStart{}, frameStart{}, false
 	f.openPIDs = 0
 	for i := range f.pids {
-		f.pids[i].begun, f.pids[i].open = false, false
+		f.pids[i].begun, f.pids[i].open, f.pids[i].counted = false, false, false
 	}
 }
 
@@ -205,7 +217,11 @@ func (f *framer) state(pid uint16) *pidState {
 // packet looks at the packet at pos and moves past it.
 func (f *framer) packet(p packet) {
 	pid, payload := p.pid(), p.payload()
+	f.counts.packets++
 	if p.damaged() || pid == nullPID || payload == nil {
+		if p.damaged() {
+			f.counts.damaged++
+		}
 		f.pos += packetSize
 		return
 	}
@@ -228,6 +244,10 @@ func (f *framer) packet(p packet) {
 		f.pos += packetSize
 		return
 	}
+	if s.counted && p.continuity() != (s.counter+1)&0x0f && !p.discontinuity() {
+		f.counts.continuityErrors++
+	}
+	s.counted, s.counter = true, p.continuity()
 	if p.unitStart() {
 		id, size, ok := pesStart(payload)
 		s.begun = true
@@ -241,6 +261,10 @@ func (f *framer) packet(p packet) {
 		if s.es {
 			f.begin(s, int(pid) == f.video, p.randomAccess())
 			s.left = size
+			if s.codec == "" {
+				s.codec = codecOf(payload)
+				f.listed = nil
+			}
 		}
 	}
 	switch {
@@ -263,7 +287,7 @@ func (f *framer) packet(p packet) {
 
 // follow makes the program map in force.
 func (f *framer) follow(g *program) {
-	f.video = -1
+	f.video, f.listed = -1, nil
 	for _, t := range g.tracks {
 		if t.video() && f.video < 0 {
 			f.video = int(t.pid)
@@ -294,6 +318,12 @@ func (f *framer) begin(s *pidState, video, randomAccess bool) {
 	first := frameStart{seen: true, begins: true, key: video && randomAccess, pat: f.leadPAT, program: f.psi.program}
 	if f.done == f.lead && f.done > f.base && (first.key || first.program != f.head.program) {
 		f.flush()
+	}
+	if video || f.video < 0 {
+		f.counts.frames++
+	}
+	if first.key {
+		f.counts.keyframes++
 	}
 	if !f.tail.seen {
 		f.tail = first
@@ -346,16 +376,45 @@ func (f *framer) flush() {
 	}
 	f.emit(newMessage(f.buf[f.base:f.done], f.at, chunkInfo{
 		key: f.head.key, start: f.head.begins, hasVideo: f.video >= 0,
-		lead: f.head.pat, psi: f.rawPSI, program: program, lost: f.lost,
+		lead: f.head.pat, frames: countFrames(f.buf[f.base:f.done]), psi: f.rawPSI, program: program, lost: f.lost,
 	}))
 	f.lost = false
 	f.base, f.head = f.done, f.tail
 }
 
+// countFrames returns how many PES begin in packets.
+func countFrames(packets []byte) (n int) {
+	for p := packet(packets); len(p) > 0; p = p[packetSize:] {
+		if p.unitStart() {
+			if _, _, ok := pesStart(p.payload()); ok {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// tracks returns what the feed's program map lists; not to be changed.
+func (f *framer) tracks() []trackStats {
+	if f.listed != nil || f.psi.program == nil {
+		return f.listed
+	}
+	for _, t := range f.psi.program.tracks {
+		codec := t.codec()
+		if i := f.index[t.pid]; t.mpegVideoOrAudio() && i != 0 && f.pids[i].codec != "" {
+			codec = f.pids[i].codec
+		}
+		f.listed = append(f.listed, trackStats{t.pid, codec})
+	}
+	return f.listed
+}
+
 // publisher is one body or connection that feeds a feed.
 type publisher struct {
-	interrupt func() // makes the read in progress fail, and every later one
-	replaced  atomic.Bool
+	remote, agent string // who it is, as it says
+	since         time.Time
+	interrupt     func() // makes the read in progress fail, and every later one
+	replaced      atomic.Bool
 }
 
 // replace ends the publisher: a newer one has its feed. Does not block.
@@ -383,6 +442,9 @@ func (x *mux) publish(name string, p *publisher, r io.Reader) error {
 	}()
 	for {
 		err := fr.read(r)
+		if f != nil {
+			f.account(p, fr)
+		}
 		switch {
 		case p.replaced.Load():
 			return errReplaced

@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -72,7 +73,6 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	defer context.AfterFunc(ctx, stop)() // a second signal ends the program at once
-	tuneGC()
 	err = serve(ctx, set, log)
 	switch bad := (settingError{}); {
 	case errors.As(err, &bad):
@@ -85,18 +85,8 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 	return 0
 }
 
-// tuneGC collects garbage four times as seldom as Go would, while all memory
-// stays under 64 MiB. Messages live for milliseconds: at 400 Mbit/s this is a
-// tenth of the CPU. It keeps out of the way of who sets GOGC or GOMEMLIMIT.
-func tuneGC() {
-	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetGCPercent(400)
-		debug.SetMemoryLimit(64 << 20)
-	}
-}
-
 // version is what go build knows of the source.
-func version() string {
+var version = sync.OnceValue(func() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"
@@ -108,7 +98,7 @@ func version() string {
 		}
 	}
 	return v + " " + info.GoVersion
-}
+})
 
 // profile writes a CPU profile of 30 s, or until stop.
 func profile(name string) (stop func(), err error) {

@@ -7,6 +7,7 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 )
 
 const (
@@ -51,6 +52,12 @@ func (p packet) payload() []byte {
 func (p packet) randomAccess() bool {
 	a := p.adaptation()
 	return len(a) > 0 && a[0]&0x40 != 0
+}
+
+// discontinuity tells whether discontinuity_indicator is set.
+func (p packet) discontinuity() bool {
+	a := p.adaptation()
+	return len(a) > 0 && a[0]&0x80 != 0
 }
 
 // stuffed tells whether the adaptation field holds stuffing: the sign of a
@@ -111,6 +118,65 @@ func (t track) video() bool {
 		return true
 	}
 	return false
+}
+
+// codec returns the common name of what the stream_type means, as ffmpeg has
+// it. ISO 13818-1 table 2-34; ETSI EN 300 468 for the descriptors of 0x06.
+func (t track) codec() string {
+	names := map[byte]string{
+		0x01: "mpeg1video", 0x02: "mpeg2video", 0x03: "mp2", 0x04: "mp2", 0x0f: "aac", 0x10: "mpeg4",
+		0x11: "aac_latm", 0x1b: "h264", 0x21: "jpeg2000", 0x24: "hevc", 0x33: "vvc", 0x42: "cavs",
+		0x81: "ac3", 0x82: "dts", 0x87: "eac3", 0xd1: "dirac", 0xea: "vc1",
+	}
+	if name, ok := names[t.streamType]; ok {
+		return name
+	}
+	for d := t.descriptors; t.streamType == 0x06 && len(d) >= 2 && len(d) >= 2+int(d[1]); d = d[2+int(d[1]):] {
+		switch d[0] {
+		case 0x05:
+			switch string(d[2 : 2+int(d[1])]) {
+			case "Opus":
+				return "opus"
+			case "AC-3":
+				return "ac3"
+			}
+		case 0x56:
+			return "dvb_teletext"
+		case 0x59:
+			return "dvb_subtitle"
+		case 0x6a:
+			return "ac3"
+		case 0x7a:
+			return "eac3"
+		}
+	}
+	return fmt.Sprintf("type 0x%02x", t.streamType)
+}
+
+// mpegVideoOrAudio tells whether the stream_type leaves open which: ffmpeg says
+// MPEG-2 video of MPEG-1 too, and there is one number for all layers of audio.
+func (t track) mpegVideoOrAudio() bool { return 0x01 <= t.streamType && t.streamType <= 0x04 }
+
+// codecOf looks at the first payload of a PES of MPEG video or audio; "" when
+// that does not tell. ISO 13818-2 6.2.2: in MPEG-2 a sequence_extension
+// follows the sequence header. ISO 11172-3 2.4.2.3: the layer of audio.
+func codecOf(payload []byte) string {
+	if len(payload) < 9 || len(payload) < 9+int(payload[8])+4 {
+		return ""
+	}
+	id, es := payload[3], payload[9+int(payload[8]):]
+	switch {
+	case isVideoID(id) && bytes.HasPrefix(es, []byte{0, 0, 1, 0xb3}):
+		if bytes.Contains(es, []byte{0, 0, 1, 0xb5}) {
+			return "mpeg2video"
+		}
+		if bytes.Contains(es, []byte{0, 0, 1, 0xb8}) || bytes.Contains(es, []byte{0, 0, 1, 0x00}) {
+			return "mpeg1video"
+		}
+	case id&0xe0 == 0xc0 && es[0] == 0xff && es[1]&0xe0 == 0xe0:
+		return [...]string{"", "mp3", "mp2", "mp1"}[es[1]>>1&3]
+	}
+	return ""
 }
 
 // program is one parsed program map. Immutable; two feeds never share one.

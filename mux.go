@@ -91,6 +91,7 @@ const (
 	opBinary = 0x2
 	opClose  = 0x8
 	opPing   = 0x9
+	opPong   = 0xa
 )
 
 // appendHeader appends the header of a final frame of n bytes; key is its
@@ -159,14 +160,16 @@ const (
 // counters hold I7: published = delivered + dropped + queued, in messages.
 // Their zero value is ready; they are guarded by whoever holds them.
 type counters struct {
-	published, delivered, bytes uint64
-	dropped                     [causes]uint64
+	published, delivered uint64
+	bytes, frames        uint64 // in what was delivered
+	dropped              [causes]uint64
 }
 
 func (c *counters) add(d counters) {
 	c.published += d.published
 	c.delivered += d.delivered
 	c.bytes += d.bytes
+	c.frames += d.frames
 	for i := range d.dropped {
 		c.dropped[i] += d.dropped[i]
 	}
@@ -419,6 +422,7 @@ func (s *subscriber) wrote(n int) progress {
 		s.bytes -= it.size
 		s.counters.delivered++
 		s.counters.bytes += uint64(it.size)
+		s.counters.frames += uint64(it.info.frames)
 		if s.live != nil && it.feed != nil && (it.info.key || it.info.start && !it.info.hasVideo) {
 			if delete(s.awaits, it.feed); len(s.awaits) == 0 {
 				s.live()
@@ -538,6 +542,7 @@ type feed struct {
 	heldBytes int
 	subs      []*subscriber
 	streams   []*stream
+	figures   feedFigures
 }
 
 // publish hands m to the readers of f, unless pub is no longer its publisher,
@@ -582,12 +587,15 @@ func (f *feed) release(at time.Time, now, offset ticks, jumped bool) {
 type stream struct {
 	name  string
 	epoch time.Time
-	ruled bool    // guarded by mux.mu
-	feeds []*feed // guarded by mux.mu
+	ruled bool     // guarded by mux.mu
+	feeds []*feed  // guarded by mux.mu
+	muted []string // feeds that the rule had, guarded by mux.mu
 
 	mu    sync.Mutex
 	remux remuxer
 	subs  []*subscriber
+	bytes uint64
+	meter meter
 }
 
 // publish puts a message of one of the stream's feeds into its program, at a
@@ -634,6 +642,8 @@ func (st *stream) sendPSI(at time.Time, now ticks) {
 }
 
 func (st *stream) offer(m *message) {
+	st.meter.add(sample{at: m.at, bytes: st.bytes})
+	st.bytes += uint64(m.size)
 	for _, s := range st.subs {
 		s.offer(m)
 	}
@@ -731,7 +741,7 @@ func (x *mux) attach(name string, pub *publisher) *feed {
 	if f.pub != nil {
 		f.pub.replace()
 	}
-	f.pub = pub
+	f.pub, pub.since = pub, time.Now()
 	f.held, f.heldBytes = nil, 0
 	return f
 }
@@ -748,7 +758,7 @@ func (x *mux) detach(f *feed, pub *publisher) {
 			offset, jumped := f.clock.hurry(f.held[0].info, now)
 			f.release(at, now, offset, jumped)
 		}
-		f.pub = nil
+		f.pub, f.figures.left = nil, time.Now()
 	}
 	f.mu.Unlock()
 	x.tidy(f)
@@ -807,12 +817,15 @@ func (x *mux) setStream(name string, feeds []string, ruled bool) (words []<-chan
 	for _, f := range old {
 		if !slices.Contains(st.feeds, f) {
 			gone = append(gone, f)
+			st.muted = append(st.muted, f.name)
 			f.mu.Lock()
 			f.streams = slices.DeleteFunc(f.streams, func(o *stream) bool { return o == st })
 			f.mu.Unlock()
 			x.tidy(f)
 		}
 	}
+	st.muted = slices.DeleteFunc(st.muted, func(name string) bool { return slices.Contains(feeds, name) })
+	st.muted = st.muted[max(0, len(st.muted)-maxFeeds):]
 	words = st.arrange(st.feeds, gone)
 	for _, f := range st.feeds {
 		if !slices.Contains(old, f) {

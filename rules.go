@@ -434,8 +434,8 @@ func (r *rules) applyDestination(rule destinationRule) {
 	}
 	d := &destination{
 		rule: rule, url: u, mux: r.mux, dial: r.dial, roots: r.roots, maxLag: r.maxLag,
-		log: r.log.With("dest", string(rule.ID), "stream", rule.Stream, "url", u.Scheme+"://"+u.Host+u.EscapedPath()),
 	}
+	d.log = r.log.With("dest", string(rule.ID), "stream", rule.Stream, "url", d.shown())
 	is := &running{destination: d}
 	if was != nil && was.rule.Stream == rule.Stream {
 		is.old = append(slices.DeleteFunc(was.old, (*destination).ended), was.destination)

@@ -159,6 +159,7 @@ function showFeed(row, f, name) {
       f.keyframeRate > 0 && `${f.keyframeRate.toFixed(1)} keyframes/s`,
       f.state !== 'live' && f.since && `since ${clock(f.since)}`,
       f.continuityErrors > 0 && `${f.continuityErrors} continuity errors`,
+      f.damagedPackets > 0 && `${f.damagedPackets} damaged packets`,
       f.resyncs > 0 && `${f.resyncs} resyncs`,
     ].filter(Boolean).join(' · '),
     publisher: p ? `from ${p.remote}${p.agent ? `, ${p.agent}` : ''}, since ${clock(p.since)}` : '',
@@ -215,7 +216,7 @@ function showDestination(row, d, id) {
   const dropped = Object.values(d.dropped ?? {}).reduce((a, b) => a + b, 0);
   fill(row, {
     name: id, state: d.state, rate: d.state === 'open' ? destinationRate(id, d.bytes) : '',
-    route: `${d.stream} → ${shown(d.destination)}`,
+    route: `${d.stream} → ${d.destination}`,
     detail: [
       `${d.state} since ${clock(d.since)}`,
       `sent ${bytes(d.bytes)}`,
@@ -224,7 +225,8 @@ function showDestination(row, d, id) {
       d.state === 'open' && d.roundTrip > 0 && `round trip ${ms(d.roundTrip)}`,
       d.reconnects > 0 && `${d.reconnects} reconnects`,
     ].filter(Boolean).join(' · '),
-    reason: d.state === 'open' ? '' : (d.error ?? '') + (d.retryAt ? ` (tries again at ${clock(d.retryAt)})` : ''),
+    reason: (d.error ? (d.state === 'open' ? `Last error: ${d.error}` : d.error) : '')
+      + (d.retryAt ? ` (tries again at ${clock(d.retryAt)})` : ''),
   });
 }
 
@@ -238,11 +240,6 @@ function destinationRate(id, bytes) {
   const now = { bytes, at, rate: known ? rate((bytes - was.bytes) * 8 / (at - was.at)) : '' };
   sent.set(id, now);
   return now.rate;
-}
-
-// shown leaves out of a URL what may be a secret.
-function shown(url) {
-  return url.replace(/^(\w+:\/\/)[^/?#]*@/, '$1').replace(/\?.*/, '?…');
 }
 
 // deletes makes the button of a row delete, at the second tap.

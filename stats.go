@@ -1,0 +1,469 @@
+// Figures: what runs and how it does, as JSON and for Prometheus.
+//
+// The data path only adds to counters that it owns or has locked anyway;
+// whoever asks takes short looks at them, one lock at a time.
+
+package main
+
+import (
+	"fmt"
+	"maps"
+	"net/http"
+	"os"
+	"runtime"
+	"runtime/metrics"
+	"slices"
+	"strconv"
+	"time"
+)
+
+// feedCounts is what a publisher has sent.
+type feedCounts struct {
+	bytes, packets, frames, keyframes  uint64
+	continuityErrors, damaged, resyncs uint64 // damaged: transport_error_indicator
+}
+
+func (c *feedCounts) add(d feedCounts) {
+	c.bytes += d.bytes
+	c.packets += d.packets
+	c.frames += d.frames
+	c.keyframes += d.keyframes
+	c.continuityErrors += d.continuityErrors
+	c.damaged += d.damaged
+	c.resyncs += d.resyncs
+}
+
+// sample is where counters stood.
+type sample struct {
+	at                       time.Time
+	bytes, frames, keyframes uint64
+}
+
+// meter tells rates over the last 4 to 5 s. Its zero value is ready.
+type meter struct {
+	ring [6]sample // one a second
+	last int
+}
+
+const meterGap = 5 * time.Second // without anything; older samples say nothing then
+
+// add tells m where the counters stood before what came at s.at.
+func (m *meter) add(s sample) {
+	switch gap := s.at.Sub(m.ring[m.last].at); {
+	case gap > meterGap:
+		*m = meter{}
+		m.ring[0] = s
+	case gap >= time.Second:
+		m.last = (m.last + 1) % len(m.ring)
+		m.ring[m.last] = s
+	}
+}
+
+// rates returns what came each second until s.
+func (m *meter) rates(s sample) (bytes, frames, keyframes float64) {
+	oldest := m.ring[(m.last+1)%len(m.ring)]
+	if oldest.at.IsZero() {
+		oldest = m.ring[0]
+	}
+	t := s.at.Sub(oldest.at).Seconds()
+	if s.at.Sub(m.ring[m.last].at) > meterGap || t < 0.5 {
+		return 0, 0, 0
+	}
+	return float64(s.bytes-oldest.bytes) / t, float64(s.frames-oldest.frames) / t, float64(s.keyframes-oldest.keyframes) / t
+}
+
+// feedFigures are what is known of a feed. Guarded by feed.mu.
+type feedFigures struct {
+	total  feedCounts // since the feed is known, of all its publishers
+	meter  meter
+	tracks []trackStats // immutable
+	video  bool
+
+	came, keyframe, damage time.Time // the last of each
+	left                   time.Time // when the last publisher did
+}
+
+// account takes what the framer of pub has counted.
+func (f *feed) account(pub *publisher, fr *framer) {
+	n := fr.counts
+	fr.counts = feedCounts{}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.pub != pub {
+		return
+	}
+	g := &f.figures
+	g.meter.add(g.sample(fr.at))
+	g.total.add(n)
+	g.tracks, g.video = fr.tracks(), fr.video >= 0
+	g.came = fr.at
+	if n.keyframes > 0 {
+		g.keyframe = fr.at
+	}
+	if n.continuityErrors+n.damaged+n.resyncs > 0 {
+		g.damage = fr.at
+	}
+}
+
+func (g *feedFigures) sample(at time.Time) sample {
+	return sample{at, g.total.bytes, g.total.frames, g.total.keyframes}
+}
+
+const (
+	silentAfter = 2 * time.Second
+	damagedFor  = 5 * time.Second
+	keylessFor  = 10 * time.Second
+)
+
+// state is how a feed is, in a word, and since when.
+func (f *feed) state(now time.Time) (string, time.Time) {
+	g := &f.figures
+	switch {
+	case f.pub == nil:
+		return "absent", g.left
+	case now.Sub(g.came) > silentAfter:
+		return "silent", g.came
+	case now.Sub(g.damage) < damagedFor:
+		return "damaged", g.damage
+	}
+	keyless := g.keyframe
+	if keyless.Before(f.pub.since) {
+		keyless = f.pub.since
+	}
+	if g.video && now.Sub(keyless) > keylessFor {
+		return "no keyframe", keyless
+	}
+	return "live", f.pub.since
+}
+
+// stats is everything there is to know, as GET /api/stats has it. Rates are
+// per second, times in seconds, sizes in bytes.
+type stats struct {
+	Version      string                       `json:"version"`
+	Uptime       float64                      `json:"uptime"`
+	Goroutines   int                          `json:"goroutines"`
+	Heap         uint64                       `json:"heap"`
+	Descriptors  int                          `json:"descriptors"` // -1: not known here
+	Feeds        map[string]*feedStats        `json:"feeds"`
+	Streams      map[string]*streamStats      `json:"streams"`
+	Destinations map[string]*destinationStats `json:"destinations"`
+}
+
+type feedStats struct {
+	State            string          `json:"state"` // live, silent, no keyframe, damaged, absent
+	Since            *time.Time      `json:"since,omitempty"`
+	Publisher        *publisherStats `json:"publisher"`
+	Bytes            uint64          `json:"bytes"`
+	Packets          uint64          `json:"packets"`
+	BitRate          float64         `json:"bitRate"`
+	Frames           uint64          `json:"frames"` // of the video; without one, of all tracks
+	Keyframes        uint64          `json:"keyframes"`
+	FrameRate        float64         `json:"frameRate"`
+	KeyframeRate     float64         `json:"keyframeRate"`
+	Tracks           []trackStats    `json:"tracks"`
+	ContinuityErrors uint64          `json:"continuityErrors"`
+	Damaged          uint64          `json:"damagedPackets"`
+	Resyncs          uint64          `json:"resyncs"`
+}
+
+type publisherStats struct {
+	Remote string    `json:"remote"`
+	Agent  string    `json:"agent"`
+	Since  time.Time `json:"since"`
+}
+
+type trackStats struct {
+	PID   uint16 `json:"pid"`
+	Codec string `json:"codec"`
+}
+
+type streamStats struct {
+	Feeds   []string `json:"feeds"`
+	Present []string `json:"present"`
+	Muted   []string `json:"muted"` // were in the rule, and are not now
+	Bytes   uint64   `json:"bytes"`
+	BitRate float64  `json:"bitRate"`
+}
+
+type destinationStats struct {
+	ID          id         `json:"id"`
+	Stream      string     `json:"stream"`
+	Destination string     `json:"destination"` // without what may be secret
+	State       string     `json:"state"`       // connecting (the first time), open, waiting, refused
+	Since       time.Time  `json:"since"`
+	RetryAt     *time.Time `json:"retryAt,omitempty"`
+	Error       string     `json:"error,omitempty"` // why the last connection ended, or there was none
+	Bytes       uint64     `json:"bytes"`
+	Frames      uint64     `json:"frames"`
+	Messages    uint64     `json:"messages"`
+	Dropped     dropStats  `json:"dropped"`
+	Queued      int        `json:"queued"` // messages
+	QueueAge    float64    `json:"queueAge"`
+	RoundTrip   float64    `json:"roundTrip"` // of a ping; 0: not known
+	Reconnects  uint64     `json:"reconnects"`
+}
+
+// dropStats counts the messages that were dropped, by cause.
+type dropStats struct {
+	Gate  uint64 `json:"gate"`
+	Lag   uint64 `json:"lag"`
+	Bytes uint64 `json:"bytes"`
+	Muted uint64 `json:"muted"`
+	End   uint64 `json:"end"`
+}
+
+// stats looks at feed, which is locked meanwhile.
+func (f *feed) stats(now time.Time) *feedStats {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	g := &f.figures
+	s := &feedStats{
+		Bytes: g.total.bytes, Packets: g.total.packets, Frames: g.total.frames, Keyframes: g.total.keyframes,
+		ContinuityErrors: g.total.continuityErrors, Damaged: g.total.damaged, Resyncs: g.total.resyncs,
+		Tracks: []trackStats{},
+	}
+	state, since := f.state(now)
+	s.State = state
+	if !since.IsZero() {
+		s.Since = &since
+	}
+	bytes, frames, keyframes := g.meter.rates(g.sample(now))
+	s.BitRate, s.FrameRate, s.KeyframeRate = 8*bytes, frames, keyframes
+	if f.pub != nil {
+		s.Publisher = &publisherStats{f.pub.remote, f.pub.agent, f.pub.since}
+		s.Tracks = append(s.Tracks, g.tracks...)
+	}
+	return s
+}
+
+// stats looks at all feeds and streams.
+func (x *mux) stats(now time.Time) (map[string]*feedStats, map[string]*streamStats) {
+	x.mu.Lock()
+	all := slices.Collect(maps.Values(x.feeds))
+	streams := make(map[string]*streamStats)
+	for name, st := range x.streams {
+		if !st.ruled {
+			continue
+		}
+		s := &streamStats{Feeds: []string{}, Present: []string{}, Muted: append([]string{}, st.muted...)}
+		for _, f := range st.feeds {
+			s.Feeds = append(s.Feeds, f.name)
+		}
+		st.mu.Lock()
+		bytes, _, _ := st.meter.rates(sample{at: now, bytes: st.bytes})
+		s.Bytes, s.BitRate = st.bytes, 8*bytes
+		st.mu.Unlock()
+		streams[name] = s
+	}
+	x.mu.Unlock()
+	feeds := make(map[string]*feedStats)
+	for _, f := range all {
+		feeds[f.name] = f.stats(now)
+	}
+	for _, s := range streams {
+		for _, f := range s.Feeds {
+			if feeds[f].Publisher != nil {
+				s.Present = append(s.Present, f)
+			}
+		}
+	}
+	return feeds, streams
+}
+
+// status is how a destination is. Guarded by destination.mu.
+type status struct {
+	state   string
+	since   time.Time
+	retryAt time.Time // while it waits
+	err     error     // why the last connection ended, or there was none
+	opened  uint64    // connections
+}
+
+// is sets the state of d.
+func (d *destination) is(state string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.status.state != state {
+		d.status.state, d.status.since = state, time.Now()
+	}
+	if state == "open" {
+		d.status.opened++
+	}
+}
+
+// waits sets the state of d until its next try.
+func (d *destination) waits(wait time.Duration, err error) {
+	state := "waiting"
+	if refused(err) {
+		state = "refused"
+	}
+	d.is(state)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.status.err, d.status.retryAt = err, time.Now().Add(wait)
+}
+
+func (d *destination) stats(now time.Time) *destinationStats {
+	c, queued := d.count()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s := &destinationStats{
+		ID: d.rule.ID, Stream: d.rule.Stream, Destination: d.shown(),
+		State: d.status.state, Since: d.status.since,
+		Bytes: c.bytes, Frames: c.frames, Messages: c.delivered, Queued: queued,
+		Dropped:    dropStats{c.dropped[dropGate], c.dropped[dropLag], c.dropped[dropBytes], c.dropped[dropMuted], c.dropped[dropEnd]},
+		Reconnects: max(d.status.opened, 1) - 1,
+	}
+	if d.link != nil {
+		s.QueueAge = d.sub.age(now).Seconds()
+		s.RoundTrip = time.Duration(d.link.roundTrip.Load()).Seconds()
+	}
+	if at := d.status.retryAt; s.State == "waiting" || s.State == "refused" {
+		s.RetryAt = &at
+	}
+	if d.status.err != nil {
+		s.Error = d.status.err.Error()
+	}
+	return s
+}
+
+// age is how long the oldest message has been queued.
+func (s *subscriber) age(now time.Time) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.items) == 0 {
+		return 0
+	}
+	return max(0, now.Sub(s.items[0].at))
+}
+
+// stats looks at everything, one thing after the other.
+func (s *server) stats() stats {
+	now := time.Now()
+	heap := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}}
+	metrics.Read(heap)
+	all := stats{
+		Version: version(), Uptime: now.Sub(s.started).Seconds(), Goroutines: runtime.NumGoroutine(),
+		Heap: heap[0].Value.Uint64(), Descriptors: descriptors(),
+		Destinations: make(map[string]*destinationStats),
+	}
+	all.Feeds, all.Streams = s.mux.stats(now)
+	s.rules.mu.RLock()
+	running := maps.Clone(s.rules.destinations)
+	s.rules.mu.RUnlock()
+	for name, d := range running {
+		all.Destinations[name] = d.stats(now)
+	}
+	return all
+}
+
+// descriptors counts the open files of this process; -1 where it cannot.
+func descriptors() int {
+	d, err := os.Open("/proc/self/fd")
+	if err != nil {
+		return -1
+	}
+	defer d.Close()
+	names, err := d.Readdirnames(-1)
+	if err != nil {
+		return -1
+	}
+	return len(names) - 1 // without d
+}
+
+func (s *server) getStats(*http.Request) (any, error) { return s.stats(), nil }
+
+// getMetrics answers in Prometheus' text format 0.0.4.
+func (s *server) getMetrics(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(bodyTimeout))
+	w.Write(s.stats().metrics())
+}
+
+// metrics returns all as metrics.
+func (all stats) metrics() []byte {
+	var b []byte
+	is := func(yes bool) float64 {
+		if yes {
+			return 1
+		}
+		return 0
+	}
+	process := func(name, kind, help string, v float64) {
+		b = appendFamily(b, name, kind, help, "", []string{""}, func(string) float64 { return v })
+	}
+	b = appendFamily(b, "vw_build_info", "gauge", "The version that runs.", "version", []string{all.Version}, func(string) float64 { return 1 })
+	process("vw_uptime_seconds", "gauge", "Time since the start.", all.Uptime)
+	process("vw_heap_bytes", "gauge", "Memory in objects on the heap.", float64(all.Heap))
+	process("go_goroutines", "gauge", "Goroutines that exist.", float64(all.Goroutines))
+	if all.Descriptors >= 0 {
+		process("process_open_fds", "gauge", "Open file descriptors.", float64(all.Descriptors))
+	}
+
+	names := slices.Sorted(maps.Keys(all.Feeds))
+	feed := func(name, kind, help string, value func(*feedStats) float64) {
+		b = appendFamily(b, "vw_feed_"+name, kind, help, "feed", names, func(of string) float64 { return value(all.Feeds[of]) })
+	}
+	feed("live", "gauge", "1 when the feed comes, whole and with keyframes.", func(f *feedStats) float64 { return is(f.State == "live") })
+	feed("bytes_total", "counter", "Bytes received.", func(f *feedStats) float64 { return float64(f.Bytes) })
+	feed("packets_total", "counter", "Transport packets received.", func(f *feedStats) float64 { return float64(f.Packets) })
+	feed("frames_total", "counter", "Frames received, of the video if there is one.", func(f *feedStats) float64 { return float64(f.Frames) })
+	feed("keyframes_total", "counter", "Keyframes received.", func(f *feedStats) float64 { return float64(f.Keyframes) })
+	feed("continuity_errors_total", "counter", "Packets whose continuity counter did not go on.", func(f *feedStats) float64 { return float64(f.ContinuityErrors) })
+	feed("damaged_packets_total", "counter", "Packets with transport_error_indicator.", func(f *feedStats) float64 { return float64(f.Damaged) })
+	feed("resyncs_total", "counter", "Times that the packets were lost and found again.", func(f *feedStats) float64 { return float64(f.Resyncs) })
+
+	names = slices.Sorted(maps.Keys(all.Streams))
+	stream := func(name, kind, help string, value func(*streamStats) float64) {
+		b = appendFamily(b, "vw_stream_"+name, kind, help, "stream", names, func(of string) float64 { return value(all.Streams[of]) })
+	}
+	stream("bytes_total", "counter", "Bytes of the program made.", func(s *streamStats) float64 { return float64(s.Bytes) })
+	stream("feeds", "gauge", "Feeds in the rule.", func(s *streamStats) float64 { return float64(len(s.Feeds)) })
+	stream("feeds_present", "gauge", "Feeds in the rule that somebody publishes.", func(s *streamStats) float64 { return float64(len(s.Present)) })
+
+	names = slices.Sorted(maps.Keys(all.Destinations))
+	dest := func(name, kind, help string, value func(*destinationStats) float64) {
+		b = appendFamily(b, "vw_destination_"+name, kind, help, "destination", names, func(of string) float64 { return value(all.Destinations[of]) })
+	}
+	dest("open", "gauge", "1 when the connection is open.", func(d *destinationStats) float64 { return is(d.State == "open") })
+	dest("bytes_total", "counter", "Bytes of payload delivered.", func(d *destinationStats) float64 { return float64(d.Bytes) })
+	dest("messages_total", "counter", "Messages delivered.", func(d *destinationStats) float64 { return float64(d.Messages) })
+	dest("frames_total", "counter", "Frames delivered.", func(d *destinationStats) float64 { return float64(d.Frames) })
+	dest("reconnects_total", "counter", "Connections after the first.", func(d *destinationStats) float64 { return float64(d.Reconnects) })
+	dest("queue_age_seconds", "gauge", "Age of the oldest message queued.", func(d *destinationStats) float64 { return d.QueueAge })
+	dest("round_trip_seconds", "gauge", "Round trip of the last ping; 0 when not known.", func(d *destinationStats) float64 { return d.RoundTrip })
+	for i, cause := range []struct {
+		name  string
+		value func(*destinationStats) uint64
+	}{
+		{"gate", func(d *destinationStats) uint64 { return d.Dropped.Gate }},
+		{"lag", func(d *destinationStats) uint64 { return d.Dropped.Lag }},
+		{"bytes", func(d *destinationStats) uint64 { return d.Dropped.Bytes }},
+		{"muted", func(d *destinationStats) uint64 { return d.Dropped.Muted }},
+		{"end", func(d *destinationStats) uint64 { return d.Dropped.End }},
+	} {
+		kind := "counter"
+		if i > 0 {
+			kind = "" // goes on
+		}
+		b = appendFamily(b, "vw_destination_dropped_messages_total", kind, "Messages dropped, by cause.", `cause="`+cause.name+`",destination`, names,
+			func(of string) float64 { return float64(cause.value(all.Destinations[of])) })
+	}
+	return b
+}
+
+// appendFamily appends one metric, with a sample for each name; kind is "" when
+// it was begun before. No name needs an escape.
+func appendFamily(b []byte, name, kind, help, label string, names []string, value func(string) float64) []byte {
+	if kind != "" && len(names) > 0 {
+		b = fmt.Appendf(b, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+	}
+	for _, of := range names {
+		b = append(b, name...)
+		if label != "" {
+			b = append(append(append(append(append(b, '{'), label...), `="`...), of...), `"}`...)
+		}
+		b = append(strconv.AppendFloat(append(b, ' '), value(of), 'g', -1, 64), '\n')
+	}
+	return b
+}
