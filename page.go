@@ -28,7 +28,7 @@ import (
 //go:embed page
 var pageFiles embed.FS
 
-// pageTypes are the paths that need no token, and what they answer.
+// pageTypes are the paths that need no token, and the types of their answers.
 var pageTypes = map[string]string{
 	"/":          "text/html; charset=utf-8",
 	"/page.css":  "text/css; charset=utf-8",

@@ -366,8 +366,9 @@ func (b pageBrowser) look(t *testing.T, name string) {
 	t.Helper()
 	for width, device := range map[int]string{390: "phone", 1280: "desktop"} {
 		b.call(t, "Emulation.setDeviceMetricsOverride", map[string]any{"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}, nil)
-		if got := b.js(t, "document.documentElement.scrollWidth"); got > fmt.Sprint(width) && len(got) >= len(fmt.Sprint(width)) {
-			t.Errorf("%s, %s: the page is %s pixels wide, want %d", name, device, got, width)
+		var got int
+		if b.evaluate(t, "document.documentElement.scrollWidth", &got); got > width {
+			t.Errorf("%s, %s: the page is %d pixels wide, want %d", name, device, got, width)
 		}
 		for _, scheme := range []string{"light", "dark"} {
 			b.call(t, "Emulation.setEmulatedMedia", map[string]any{"features": []any{map[string]any{"name": "prefers-color-scheme", "value": scheme}}}, nil)
@@ -515,6 +516,10 @@ func TestPage(t *testing.T) {
 	if got := bars(picture); got < 0.65 {
 		t.Errorf("%.2f of the bars from red to cyan are as they should be, want at least 0.65", got)
 	}
+	b.tap(t, part(row("feeds", "audio0"), "watch"))
+	b.until(t, "Sound is off.", note)
+	b.tap(t, "document.querySelector('#preview .sound')")
+	b.until(t, "true", "watching.sounds > 20")
 	b.tap(t, part(row("feeds", "video1"), "watch"))
 	b.until(t, "true", note+".startsWith('This is h264')")
 	if got, want := b.js(t, "document.querySelector('.ffplay').textContent"), "ffplay -fflags nobuffer -analyzeduration 1000000 "+v.url+"/ts/video1"; got != want {

@@ -393,7 +393,7 @@ function loadPlayer() {
   });
 }
 
-// tracks are the codecs of what a feed or stream has now.
+// codecs returns those of the tracks that a feed or stream has now.
 function codecs(name) {
   const feeds = stats.streams[name]?.present ?? [name];
   return feeds.flatMap((f) => stats.feeds[f]?.tracks ?? []).map((t) => t.codec);
