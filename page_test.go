@@ -544,8 +544,9 @@ func TestPage(t *testing.T) {
 		t.Errorf("deleted: got %s, want none", got)
 	}
 	// What a rule was refused with, what Chromium thinks of WebGL without a GPU,
-	// and the style sheet that JSMpeg adds for something that is not used here.
-	known := regexp.MustCompile(`status of 400|"source":"rendering"|"Applying inline style .*/player.js`)
+	// the style sheet that JSMpeg adds for something that is not used here, and
+	// taps that come before a preview is connected.
+	known := regexp.MustCompile(`status of 400|"source":"rendering"|"Applying inline style .*/player.js|closed before the connection is established`)
 	for _, line := range b.console {
 		if !known.MatchString(line) {
 			t.Errorf("console: %s", line)

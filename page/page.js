@@ -186,7 +186,7 @@ function showStream(row, st, name) {
 // inOrder returns the feeds of a stream, muted ones where they were.
 function inOrder(name, feeds, muted) {
   const known = (order.get(name) ?? []).filter((f) => feeds.includes(f) || muted.includes(f));
-  const all = known.concat([...feeds, ...muted].filter((f) => !known.includes(f)));
+  const all = [...new Set([...known, ...feeds, ...muted])];
   order.set(name, all);
   return all;
 }
@@ -199,7 +199,8 @@ function toggle(name, feed) {
   const mute = stats.streams[name].feeds.includes(feed);
   return queue = queue.catch(() => {}).then(async () => {
     const now = await call('GET', 'api/streams/' + name);
-    const all = inOrder(name, now, stats.streams[name]?.muted ?? []);
+    const { feeds = [], muted = [] } = stats.streams[name] ?? {}; // older than now
+    const all = inOrder(name, now, [...feeds, ...muted]);
     await call('POST', 'api/streams', {
       stream: name,
       feeds: all.filter((f) => (f === feed ? !mute : now.includes(f))),
