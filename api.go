@@ -41,6 +41,7 @@ type server struct {
 	maxLag  time.Duration
 	started time.Time
 	token   string // what peers that are not loopback present; "": none may
+	player  player // of the page
 	log     *slog.Logger
 	tasks   sync.WaitGroup
 
@@ -64,6 +65,7 @@ func newServer(ctx context.Context, r *rules, token string, log *slog.Logger) *s
 	s.handle("GET /api/destinations/{id...}", s.getDestination)
 	s.handle("DELETE /api/destinations/{id...}", s.deleteDestination)
 	s.handle("GET /api/stats", s.getStats)
+	s.routes.HandleFunc("GET /api/events", s.events)
 	s.routes.HandleFunc("GET /metrics", s.getMetrics)
 	s.handle("GET /healthcheck", func(*http.Request) (any, error) { return "ok", nil })
 	s.routes.HandleFunc("POST /ts/{feed...}", s.postFeed)
@@ -71,6 +73,11 @@ func newServer(ctx context.Context, r *rules, token string, log *slog.Logger) *s
 	s.routes.HandleFunc("GET /ts/{name...}", s.getTS)
 	s.routes.HandleFunc("GET /in/{feed...}", s.in)
 	s.routes.HandleFunc("GET /out/{name...}", s.out)
+	for _, path := range []string{"/{$}", "/page.css", "/page.js", "/icon.svg"} {
+		s.routes.HandleFunc("GET "+path, s.getPage)
+	}
+	s.routes.HandleFunc("GET /player.js", s.getPlayer)
+	s.routes.HandleFunc("POST /login", s.login)
 	for _, path := range []string{"/ts", "/in", "/out"} { // else ServeMux redirects
 		s.handle(path, func(*http.Request) (any, error) { return nil, invalid("path %q: the name is missing", path) })
 	}
@@ -138,11 +145,16 @@ func (s *server) admit(r *http.Request) error {
 	if !ok {
 		_, given, _ = r.BasicAuth()
 	}
-	want, got := sha256.Sum256([]byte(s.token)), sha256.Sum256([]byte(given))
-	if subtle.ConstantTimeCompare(want[:], got[:]) == 0 {
+	if pageTypes[r.URL.Path] == "" && !s.isToken(given) && !s.signedIn(r) {
 		return httpError{http.StatusUnauthorized, "VW_TOKEN must be presented: Authorization: Bearer, or Basic with it as the password"}
 	}
 	return nil
+}
+
+// isToken compares in constant time.
+func (s *server) isToken(given string) bool {
+	want, got := sha256.Sum256([]byte(s.token)), sha256.Sum256([]byte(given))
+	return subtle.ConstantTimeCompare(want[:], got[:]) == 1
 }
 
 // fromLoopback tells whether the request was made on this machine, and not
@@ -212,7 +224,13 @@ func (s *server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 		status = http.StatusServiceUnavailable
 	}
 	if status == http.StatusUnauthorized {
-		w.Header().Set("WWW-Authenticate", `Basic realm="vw"`)
+		// RFC 9110 15.5.2 wants one. ffmpeg waits for Basic on /ts; elsewhere a
+		// browser would put its own dialog over the page's.
+		scheme := "Bearer"
+		if strings.HasPrefix(r.URL.Path, "/ts/") {
+			scheme = "Basic"
+		}
+		w.Header().Set("WWW-Authenticate", scheme+` realm="vw"`)
 	}
 	c := http.NewResponseController(w)
 	if r.ContentLength != 0 {

@@ -147,6 +147,7 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 		}
 	}
 	s := newServer(work, r, set.token, log)
+	s.player, _ = newPlayer(set.player)
 	h := &http.Server{
 		Handler:           s,
 		ReadHeaderTimeout: 10 * time.Second,
@@ -227,6 +228,7 @@ type settings struct {
 	token      string
 	state      string // file; "": none
 	maxLag     time.Duration
+	player     string // "": the default
 	cpuProfile string
 }
 
@@ -267,6 +269,11 @@ var variables = []variable{
 		d, err := time.ParseDuration(v)
 		s.maxLag = d
 		return "a duration from 10ms to 1m, such as 500ms", err == nil && 10*time.Millisecond <= d && d <= time.Minute
+	}},
+	{"VW_PLAYER", "", "JSMpeg from a CDN", "the page's player: a file beside vw, or a URL", func(s *settings, v string) (string, bool) {
+		s.player = v
+		_, ok := newPlayer(v)
+		return "a file, or a URL of http or https", ok
 	}},
 	{"VW_CPUPROFILE", "", "none", "file for a CPU profile of 30 s", func(s *settings, v string) (string, bool) {
 		s.cpuProfile = v
