@@ -29,6 +29,7 @@ import (
 
 const (
 	maxBody     = 64 << 10 // bytes of a rule
+	maxHeaders  = 8 << 10  // bytes of a request's header
 	bodyTimeout = 10 * time.Second
 )
 
@@ -44,6 +45,7 @@ type server struct {
 	player  player // of the page
 	log     *slog.Logger
 	tasks   sync.WaitGroup
+	door    door
 
 	routes *http.ServeMux
 	cross  *http.CrossOriginProtection
@@ -158,8 +160,12 @@ func (s *server) isToken(given string) bool {
 }
 
 // fromLoopback tells whether the request was made on this machine, and not
-// for somebody else by a proxy on it.
+// for somebody else by a proxy on it. HTTP/1.0 is what nginx speaks unless it
+// is told otherwise.
 func fromLoopback(r *http.Request) bool {
+	if !r.ProtoAtLeast(1, 1) {
+		return false
+	}
 	for name := range r.Header {
 		if name == "Forwarded" || name == "Via" || name == "X-Real-Ip" || strings.HasPrefix(name, "X-Forwarded-") {
 			return false
@@ -220,7 +226,7 @@ func (s *server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 		status = http.StatusConflict
 	case errors.Is(err, errNotTS):
 		status = http.StatusUnsupportedMediaType
-	case errors.Is(err, errShutdown):
+	case errors.Is(err, errShutdown), errors.Is(err, errFull):
 		status = http.StatusServiceUnavailable
 	}
 	if status == http.StatusUnauthorized {
@@ -275,6 +281,9 @@ func (s *server) handle(pattern string, f func(*http.Request) (any, error)) {
 // body decodes a rule.
 func body(r *http.Request, v any) error {
 	b, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return httpError{http.StatusRequestTimeout, fmt.Sprintf("body: not here within %v", bodyTimeout)}
+	}
 	if err != nil {
 		return invalid("body: %v", err)
 	}
@@ -367,7 +376,9 @@ func (s *server) publish(r *http.Request, interrupt func()) error {
 	defer onDone(s.ctx, interrupt)()
 	log := s.log.With("feed", name, "remote", r.RemoteAddr)
 	log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
-	err = s.mux.publish(name, newPublisher(r, interrupt), r.Body)
+	p := newPublisher(r, interrupt)
+	p.begun = func() { s.door.settle(r) }
+	err = s.mux.publish(name, p, r.Body)
 	if s.ctx.Err() != nil {
 		err = errShutdown
 	}
@@ -387,6 +398,16 @@ func (s *server) getTS(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, err)
 		return
 	}
+	if r.ContentLength != 0 { // net/http would wait for it before it answers
+		s.refuse(w, r, invalid("a GET of video has no body"))
+		return
+	}
+	leave, err := s.door.reader(r)
+	if err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	defer leave()
 	w.Header().Set("Content-Type", "video/mp2t")
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(http.StatusOK)
@@ -433,12 +454,14 @@ func (s *server) in(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, err)
 		return
 	}
+	defer s.door.settle(r) // http.Server does not tell the end of a connection that was hijacked
 	s.upgrade(w, r, func(l *link, ws *websocket.Conn) error {
 		l.log = s.log.With("feed", name, "remote", r.RemoteAddr)
 		l.log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
 		ctx, cancel := context.WithCancelCause(s.ctx)
 		defer cancel(nil)
 		p := newPublisher(r, func() { cancel(errReplaced) })
+		p.begun = func() { s.door.settle(r) }
 		return l.serve(ctx, l.subscribe(bare, s.maxLag), func() error {
 			return s.mux.publish(name, p, cutOff{ws})
 		}, func() {})
@@ -464,6 +487,12 @@ func (s *server) out(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, err)
 		return
 	}
+	leave, err := s.door.reader(r)
+	if err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	defer leave()
 	s.upgrade(w, r, func(l *link, ws *websocket.Conn) error {
 		l.log = s.log.With("stream", name, "remote", r.RemoteAddr)
 		l.log.Info("reader arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))

@@ -1362,6 +1362,22 @@ func listenLoopback(t *testing.T) net.Listener {
 // startNginx puts nginx with TLS in front of a relay and returns its address.
 func startNginx(t *testing.T, c certificates, relay string) string {
 	t.Helper()
+	return startNginxWith(t, "ssl", fmt.Sprintf(`
+		ssl_certificate %s;
+		ssl_certificate_key %s;
+		location / {
+			proxy_pass http://%s;
+			proxy_http_version 1.1;
+			proxy_set_header Host $http_host;
+			proxy_set_header Upgrade $http_upgrade;
+			proxy_set_header Connection "upgrade";
+		}`, c.cert, c.key, relay))
+}
+
+// startNginxWith starts an nginx that listens with those options and has that
+// server; it returns its address.
+func startNginxWith(t *testing.T, options, server string) string {
+	t.Helper()
 	dir := t.TempDir()
 	l := listenLoopback(t)
 	conf := filepath.Join(dir, "nginx.conf")
@@ -1377,19 +1393,11 @@ http {
 	client_body_temp_path %[1]s/body; proxy_temp_path %[1]s/proxy; fastcgi_temp_path %[1]s/fastcgi;
 	uwsgi_temp_path %[1]s/uwsgi; scgi_temp_path %[1]s/scgi;
 	server {
-		listen %[2]s ssl;
-		ssl_certificate %[3]s;
-		ssl_certificate_key %[4]s;
-		location / {
-			proxy_pass http://%[5]s;
-			proxy_http_version 1.1;
-			proxy_set_header Host $http_host;
-			proxy_set_header Upgrade $http_upgrade;
-			proxy_set_header Connection "upgrade";
-		}
+		listen %[2]s %[3]s;
+		%[4]s
 	}
 }
-`, dir, l.Addr(), c.cert, c.key, relay), 0o600); err != nil {
+`, dir, l.Addr(), options, server), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(tool(t, "nginx"), "-p", dir, "-c", conf, "-e", "stderr")

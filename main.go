@@ -152,14 +152,16 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 		Handler:           s,
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    32 << 10,
+		MaxHeaderBytes:    maxHeaders,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			if conn, err := c.(*net.TCPConn).SyscallConn(); err == nil {
 				limitUnsent("", "", conn)
 			}
-			return ctx
+			return withConn(ctx, c)
 		},
+		ConnState:                    s.door.track,
+		DisableGeneralOptionsHandler: true,
 	}
 	for _, l := range listeners {
 		log.Info("listening", "addr", l.Addr().String())
@@ -167,7 +169,7 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 			log.Warn("other machines are refused: VW_TOKEN is not set")
 		}
 		g.Go(func() error {
-			if err := h.Serve(l); err != http.ErrServerClosed {
+			if err := h.Serve(doorListener{l, &s.door}); err != http.ErrServerClosed {
 				return err
 			}
 			return nil

@@ -240,12 +240,17 @@ func FuzzReadSettings(f *testing.F) {
 	f.Add("VW_MAXLAG=-1h")
 	f.Add("VW_\x00=\xff")
 	f.Fuzz(func(t *testing.T, e string) {
-		s, _, err := readSettings([]string{e})
+		s, warnings, err := readSettings([]string{e})
 		if err == nil && (s.port < 0 || s.port > 65535 || s.maxLag < 10*time.Millisecond || s.maxLag > time.Minute) {
 			t.Errorf("%q: got %+v", e, s)
 		}
 		if err != nil && strings.Contains(err.Error(), "\n") {
 			t.Errorf("%q: got an error of several lines: %q", e, err)
+		}
+		for _, w := range warnings {
+			if strings.ContainsFunc(w, func(r rune) bool { return r < ' ' || r > '~' }) {
+				t.Errorf("%q: got the warning %q", e, w)
+			}
 		}
 	})
 }

@@ -689,9 +689,10 @@ func (st *stream) join(s *subscriber) {
 type mux struct {
 	epoch time.Time // when vw's clock was 0
 
-	mu      sync.Mutex
-	feeds   map[string]*feed
-	streams map[string]*stream
+	mu        sync.Mutex
+	feeds     map[string]*feed
+	streams   map[string]*stream
+	published int // feeds that have a publisher
 }
 
 func newMux() *mux {
@@ -732,14 +733,20 @@ func (x *mux) tidy(f *feed) {
 }
 
 // attach makes pub the publisher of a feed. The one before it is told to end.
+// nil: as many other feeds are published as may be.
 func (x *mux) attach(name string, pub *publisher) *feed {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	if f := x.feeds[name]; x.published == maxPublishers && (f == nil || f.pub == nil) {
+		return nil
+	}
 	f := x.feed(name)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.pub != nil {
 		f.pub.replace()
+	} else {
+		x.published++
 	}
 	f.pub, pub.since = pub, time.Now()
 	f.held, f.heldBytes = nil, 0
@@ -759,6 +766,7 @@ func (x *mux) detach(f *feed, pub *publisher) {
 			f.release(at, now, offset, jumped)
 		}
 		f.pub, f.figures.left = nil, time.Now()
+		x.published--
 	}
 	f.mu.Unlock()
 	x.tidy(f)

@@ -43,7 +43,7 @@ func (i *id) UnmarshalJSON(b []byte) error {
 	}
 	var n json.Number
 	if err := json.Unmarshal(b, &n); err != nil || n == "" {
-		return fmt.Errorf("id %.100s: it must be a string or a number", b)
+		return fmt.Errorf("id %.100q: it must be a string or a number", b)
 	}
 	*i = id(n)
 	return nil
@@ -61,8 +61,13 @@ func (e invalidError) Error() string { return e.text }
 func invalid(format string, args ...any) error { return invalidError{fmt.Sprintf(format, args...)} }
 
 const (
-	maxName  = 256 // bytes
-	maxFeeds = 64  // in a stream
+	maxName  = 256  // bytes
+	maxFeeds = 64   // in a stream
+	maxURL   = 4096 // bytes
+
+	maxStreams      = 256
+	maxDestinations = 1024
+	maxOld          = 4 // connections that a destination takes over from
 )
 
 var reserved = []string{"all", "deleteAll", "apiRule"}
@@ -144,19 +149,32 @@ func (r destinationRule) clean() (destinationRule, *url.URL, error) {
 		return none, nil, err
 	}
 	u, err := url.Parse(r.Destination)
+	shown := withoutSecrets(r.Destination)
 	switch {
+	case len(r.Destination) > maxURL:
+		return none, nil, invalid("destination %.100q: the URL has %d bytes, at most %d are allowed", shown, len(r.Destination), maxURL)
 	case err != nil || strings.ContainsFunc(r.Destination, func(c rune) bool { return c <= ' ' || c >= 0x7f }):
-		return none, nil, invalid("destination %.100q: not a URL", r.Destination)
+		return none, nil, invalid("destination %.100q: not a URL", shown)
 	case u.Scheme != "ws" && u.Scheme != "wss":
-		return none, nil, invalid("destination %.100q: the scheme is %q, it must be ws or wss", r.Destination, u.Scheme)
+		return none, nil, invalid("destination %.100q: the scheme is %q, it must be ws or wss", shown, u.Scheme)
 	case u.Hostname() == "":
-		return none, nil, invalid("destination %.100q: the host is missing", r.Destination)
+		return none, nil, invalid("destination %.100q: the host is missing", shown)
 	case u.Fragment != "" || strings.Contains(r.Destination, "#"): // RFC 6455 3
-		return none, nil, invalid("destination %.100q: a websocket URL has no fragment (#)", r.Destination)
+		return none, nil, invalid("destination %.100q: a websocket URL has no fragment (#)", shown)
 	case !validPort(u.Port()):
-		return none, nil, invalid("destination %.100q: the port is %s, it must be 1 to 65535", r.Destination, u.Port())
+		return none, nil, invalid("destination %.100q: the port is %s, it must be 1 to 65535", shown, u.Port())
 	}
 	return destinationRule{id(name), source, r.Destination}, u, nil
+}
+
+// withoutSecrets is what an error may say of a URL, which need not be one: no
+// query, and nothing where there may be userinfo.
+func withoutSecrets(s string) string {
+	if strings.Contains(s, "@") {
+		return "…"
+	}
+	s, _, _ = strings.Cut(s, "?")
+	return s
 }
 
 func validPort(s string) bool {
@@ -284,7 +302,10 @@ func (r *rules) setStream(rule streamRule) (streamRule, error) {
 	r.storing.Lock()
 	defer r.storing.Unlock()
 	set := r.set()
-	old := set.streams[rule.Stream]
+	old, known := set.streams[rule.Stream]
+	if !known && len(set.streams) >= maxStreams {
+		return rule, fmt.Errorf("stream %q: there are %d streams: %w", rule.Stream, len(set.streams), errFull)
+	}
 	set.streams[rule.Stream] = rule.Feeds
 	if err := r.write(set); err != nil {
 		return rule, errNotStored{"nothing has changed", err}
@@ -408,6 +429,9 @@ func (r *rules) setDestination(rule destinationRule) (destinationRule, error) {
 	if known && old == rule && !r.behind.Load() {
 		return rule, nil
 	}
+	if !known && len(set.destinations) >= maxDestinations {
+		return rule, fmt.Errorf("destination %q: there are %d destinations: %w", rule.ID, len(set.destinations), errFull)
+	}
 	set.destinations[string(rule.ID)] = rule
 	if err := r.write(set); err != nil {
 		return rule, errNotStored{"nothing has changed", err}
@@ -439,6 +463,10 @@ func (r *rules) applyDestination(rule destinationRule) {
 	is := &running{destination: d}
 	if was != nil && was.rule.Stream == rule.Stream {
 		is.old = append(slices.DeleteFunc(was.old, (*destination).ended), was.destination)
+		if len(is.old) > maxOld { // the first is what viewers see, the others have not yet taken over
+			is.old[1].stop()
+			is.old = slices.Delete(is.old, 1, 2)
+		}
 	} else if was != nil {
 		was.stop()
 	}
