@@ -20,6 +20,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"os"
 	"strconv"
@@ -91,10 +92,15 @@ type link struct {
 
 func newLink(conn net.Conn, log *slog.Logger) *link {
 	tcp, _ := conn.(*net.TCPConn)
-	return &link{
+	l := &link{
 		Conn: conn, tcp: tcp, log: log, batch: maxBatch, resumes: true, pings: pingEvery,
 		control: make(chan []byte, 16),
 	}
+	if secure, ok := conn.(*tls.Conn); ok { // to a proxy
+		l.tcp, _ = secure.NetConn().(*net.TCPConn)
+		l.cannotResume()
+	}
+	return l
 }
 
 // cannotResume: the connection is lost when a deadline ends a write.
@@ -187,13 +193,14 @@ func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool) (*web
 	origin := url.URL{Scheme: "http", Host: u.Host}
 	if u.Scheme == "wss" {
 		origin.Scheme = "https"
-		conn := tls.Client(l.Conn, &tls.Config{
-			ServerName: u.Hostname(), RootCAs: roots, MinVersion: tls.VersionTLS12,
-			NextProtos: []string{"http/1.1"}, DynamicRecordSizingDisabled: true,
-		})
+		conn := tls.Client(l.Conn, tlsConfig(u.Hostname(), roots))
 		l.cannotResume()
 		l.Conn = conn
-		if err := conn.HandshakeContext(ctx); err != nil {
+		err := conn.HandshakeContext(ctx)
+		if trace := httptrace.ContextClientTrace(ctx); trace != nil {
+			trace.TLSHandshakeDone(conn.ConnectionState(), err)
+		}
+		if err != nil {
 			return nil, fmt.Errorf("TLS handshake: %w", plain(err))
 		}
 	}
@@ -221,6 +228,14 @@ func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool) (*web
 	}
 	l.SetDeadline(time.Time{})
 	return ws, nil
+}
+
+// tlsConfig is that of a client of host; nil roots are the system's.
+func tlsConfig(host string, roots *x509.CertPool) *tls.Config {
+	return &tls.Config{
+		ServerName: host, RootCAs: roots, MinVersion: tls.VersionTLS12,
+		NextProtos: []string{"http/1.1"}, DynamicRecordSizingDisabled: true,
+	}
 }
 
 // onDone calls f when ctx is done. The function it returns undoes that, or
@@ -467,6 +482,7 @@ type destination struct {
 	url    *url.URL
 	mux    *mux
 	dial   func(ctx context.Context, network, address string) (net.Conn, error)
+	proxy  func(*http.Request) (*url.URL, error)
 	roots  *x509.CertPool
 	maxLag time.Duration
 	log    *slog.Logger
@@ -574,15 +590,9 @@ func failure(err error) string {
 // connect is one connection: dial, handshake, send. healthy tells whether it
 // was open for 5 s; the error, never nil, why it ended.
 func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err error) {
-	host := d.url.Host
-	if d.url.Port() == "" {
-		host = net.JoinHostPort(d.url.Hostname(), map[string]string{"ws": "80", "wss": "443"}[d.url.Scheme])
-	}
-	dialing, cancel := context.WithTimeout(ctx, dialTimeout)
-	conn, err := d.dial(dialing, "tcp", host)
-	cancel()
+	conn, err := d.reach(ctx, d.url)
 	if err != nil {
-		return false, unreachable{err}
+		return false, err
 	}
 	l := newLink(conn, d.log)
 	l.silence = maxSilence
@@ -643,7 +653,7 @@ func (b *backoff) next(err error, healthy bool) time.Duration {
 		switch status.code {
 		case 502, 503, 504:
 			return rand.N(maxReturn)
-		case 401, 403, 404:
+		case 401, 403, 404, 407:
 			return 9*time.Second + rand.N(2*time.Second)
 		}
 	case errors.As(err, &cert):

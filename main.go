@@ -141,6 +141,7 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 	work, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
 	r := newRules(work, newMux(), set.maxLag, log)
+	r.proxy = http.ProxyFromEnvironment
 	s := newServer(work, r, set.token, log)
 	h := &http.Server{
 		Handler:           s,

@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"net/http"
 	"net/url"
 	"slices"
 	"strings"
@@ -171,7 +172,8 @@ type rules struct {
 	ctx    context.Context // ends every destination
 	mux    *mux
 	dial   func(ctx context.Context, network, address string) (net.Conn, error)
-	roots  *x509.CertPool // that vouch for relays; nil: the system's
+	proxy  func(*http.Request) (*url.URL, error) // on the way to a relay; nil: none
+	roots  *x509.CertPool                        // that vouch for relays; nil: the system's
 	maxLag time.Duration
 	log    *slog.Logger
 	tasks  sync.WaitGroup // the goroutines of destinations and take-overs
@@ -290,7 +292,7 @@ func (r *rules) setDestination(rule destinationRule) (destinationRule, error) {
 		return rule, nil
 	}
 	d := &destination{
-		rule: rule, url: u, mux: r.mux, dial: r.dial, roots: r.roots, maxLag: r.maxLag,
+		rule: rule, url: u, mux: r.mux, dial: r.dial, proxy: r.proxy, roots: r.roots, maxLag: r.maxLag,
 		log: r.log.With("dest", string(rule.ID), "stream", rule.Stream, "url", u.Scheme+"://"+u.Host+u.EscapedPath()),
 	}
 	is := &running{destination: d}
