@@ -1434,11 +1434,10 @@ backend relay
 	return startWith(t, l, "haproxy", cmd)
 }
 
-// startCaddy puts caddy with TLS in front of a relay and returns its address.
-// It takes no open port, but shares one with a socket that keeps others away.
-func startCaddy(t *testing.T, c certificates, relay string) string {
+// holdPort returns a port of 127.0.0.1 that nobody listens on until the test
+// ends, but who shares it.
+func holdPort(t *testing.T) int {
 	t.Helper()
-	dir := t.TempDir()
 	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -1453,7 +1452,14 @@ func startCaddy(t *testing.T, c certificates, relay string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	port := name.(*syscall.SockaddrInet4).Port
+	return name.(*syscall.SockaddrInet4).Port
+}
+
+// startCaddy puts caddy with TLS in front of a relay and returns its address.
+// It takes no open port.
+func startCaddy(t *testing.T, c certificates, relay string) string {
+	t.Helper()
+	dir, port := t.TempDir(), holdPort(t)
 	conf := filepath.Join(dir, "Caddyfile")
 	if err := os.WriteFile(conf, fmt.Appendf(nil, `
 {

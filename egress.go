@@ -57,6 +57,12 @@ var (
 	errPeerClosed = errors.New("closed by the other side")
 )
 
+// Why a handshake fails, other than by an answer.
+var (
+	errNoAnswer   = errors.New("no answer")
+	errUnanswered = errors.New("closed without an answer")
+)
+
 // past is a deadline that interrupts at once.
 var past = time.Unix(1, 0)
 
@@ -218,11 +224,11 @@ func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool) (*web
 	release()
 	switch {
 	case ctx.Err() == context.DeadlineExceeded:
-		return nil, fmt.Errorf("websocket handshake: no answer within %v", handshakeTimeout)
+		return nil, fmt.Errorf("websocket handshake: %w within %v", errNoAnswer, handshakeTimeout)
 	case err == websocket.ErrBadStatus:
 		return nil, l.status()
 	case err == io.EOF, err == io.ErrUnexpectedEOF:
-		return nil, errors.New("websocket handshake: closed without an answer")
+		return nil, fmt.Errorf("websocket handshake: %w", errUnanswered)
 	case err != nil: // it may quote the answer
 		return nil, fmt.Errorf("websocket handshake: %.200s", plain(err).Error())
 	}

@@ -27,6 +27,7 @@ import (
 const usage = `vw sends video over websockets, for remote laboratories.
 
 	vw stream     run: take feeds on /ts, rules on /api, send to relays
+	vw check URL  from here to that relay: what works, and what is wrong
 	vw version    print the version
 	vw help       print this
 
@@ -42,6 +43,8 @@ func main() {
 func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int {
 	switch {
 	case len(args) == 1 && args[0] == "stream":
+	case len(args) == 2 && args[0] == "check":
+		return check(ctx, args[1], stdout, stderr)
 	case len(args) == 1 && args[0] == "version":
 		fmt.Fprintln(stdout, "vw", version())
 		return 0
@@ -49,7 +52,7 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 		fmt.Fprint(stdout, usage, settingsHelp())
 		return 0
 	default:
-		fmt.Fprintf(stderr, "vw: %q: the command must be stream, version or help\n", strings.Join(args, " "))
+		fmt.Fprintf(stderr, "vw: %q: the command must be stream, check URL, version or help\n", strings.Join(args, " "))
 		return 2
 	}
 	set, warnings, err := readSettings(env)

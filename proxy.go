@@ -10,7 +10,6 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/base64"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -103,9 +102,9 @@ func (d *destination) tunnel(ctx context.Context, conn net.Conn, proxy *url.URL,
 	release()
 	switch {
 	case ctx.Err() == context.DeadlineExceeded:
-		return nil, fmt.Errorf("no answer within %v", handshakeTimeout)
+		return nil, fmt.Errorf("%w within %v", errNoAnswer, handshakeTimeout)
 	case err == io.EOF:
-		return nil, errors.New("closed without an answer")
+		return nil, errUnanswered
 	case err != nil: // it may quote the answer
 		return nil, fmt.Errorf("%.200s", plain(err).Error())
 	case answer.StatusCode/100 == 5: // it could not reach the relay
