@@ -56,9 +56,8 @@ func check(ctx context.Context, target string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stderr, "vw:", err)
 		return 2
 	}
-	c := &checkup{out: stdout, d: &destination{url: u, proxy: http.ProxyFromEnvironment}}
+	c := &checkup{d: &destination{url: u, proxy: http.ProxyFromEnvironment}, out: stdout, begun: time.Now()}
 	c.d.dial = c.dial
-	c.begun = time.Now()
 	c.run(ctx)
 	fmt.Fprintln(stdout, printable(c.sentence()))
 	if c.err != nil {
@@ -127,12 +126,12 @@ func (c *checkup) dial(ctx context.Context, network, address string) (net.Conn, 
 		c.did("name", nil, host+" is an address")
 	}
 	conn, err := (&net.Dialer{Control: limitUnsent}).DialContext(ctx, network, address)
-	if c.err == nil {
-		at := address
-		if conn != nil {
-			at = conn.RemoteAddr().String()
-		}
-		c.did("tcp", err, at)
+	switch {
+	case c.err != nil: // of the name
+	case err != nil:
+		c.did("tcp", err, "")
+	default:
+		c.did("tcp", nil, conn.RemoteAddr().String())
 	}
 	return conn, err
 }
@@ -158,7 +157,7 @@ func (c *checkup) secured(s tls.ConnectionState, err error) {
 		return
 	}
 	leaf := certs[0]
-	about := fmt.Sprintf("certificate of %s by %s, until %s (%d days)", holders(leaf), issuer(leaf),
+	about := fmt.Sprintf("certificate of %s by %s, until %s (%d days)", holders(leaf), cmp.Or(leaf.Issuer.String(), "nobody"),
 		leaf.NotAfter.Format(time.DateOnly), int(time.Until(leaf.NotAfter).Hours()/24))
 	if err != nil {
 		err = fmt.Errorf("%w; %s", err, about)
@@ -166,7 +165,7 @@ func (c *checkup) secured(s tls.ConnectionState, err error) {
 	c.did("tls", err, about)
 }
 
-// holders is whom a certificate is for, and issuer whom it is from.
+// holders is whom a certificate is for.
 func holders(c *x509.Certificate) string {
 	all := c.DNSNames
 	for _, ip := range c.IPAddresses {
@@ -176,13 +175,6 @@ func holders(c *x509.Certificate) string {
 		return "no host"
 	}
 	return strings.Join(all[:min(len(all), 5)], ", ")
-}
-
-func issuer(c *x509.Certificate) string {
-	if name := c.Issuer.String(); name != "" {
-		return name
-	}
-	return "an issuer without a name"
 }
 
 // measure takes the steps of an open websocket, ping and send. ended tells why

@@ -105,7 +105,8 @@ func listenFull(t *testing.T) string {
 func silent(conn net.Conn) { io.Copy(io.Discard, conn) }
 
 // TestCheck: the step that fails, and the sentence, of each wrong state. HOST
-// is the address of what serve serves, with TLS when there is a certificate.
+// is the address of what serve serves, with TLS when there is a certificate;
+// CLOSED refuses connections, and FULL drops them.
 func TestCheck(t *testing.T) {
 	const day = 24 * time.Hour
 	date := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(time.DateOnly) }
@@ -118,7 +119,6 @@ func TestCheck(t *testing.T) {
 		want  string // in the sentence
 	}{
 		{"good", "ws://HOST/in/x", nil, good, "", `All is well: video can go from here to HOST.`},
-		{"no DNS", "ws://relay.invalid/in/x", nil, good, "name", `The name relay.invalid was not found`},
 		{"refused port", "ws://CLOSED/in/x", nil, good, "tcp", `The connection to CLOSED is refused`},
 		{"dropped", "ws://FULL/in/x", nil, good, "tcp", `Nothing answers at FULL: it is down, or a firewall drops what is sent there; if this network has a proxy`},
 		{"another name", "wss://HOST/in/x", func(c *x509.Certificate) { c.IPAddresses, c.DNSNames = nil, []string{"other.example"} }, good,
@@ -147,16 +147,20 @@ func TestCheck(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			l := listenLoopback(t)
-			fill := strings.NewReplacer("HOST", l.Addr().String(), "CLOSED", fmt.Sprintf("127.0.0.1:%d", holdPort(t)))
-			if strings.Contains(tt.url, "FULL") {
-				fill = strings.NewReplacer("FULL", listenFull(t))
+			addr := l.Addr().String()
+			switch {
+			case strings.Contains(tt.url, "CLOSED"):
+				addr = fmt.Sprintf("127.0.0.1:%d", holdPort(t))
+			case strings.Contains(tt.url, "FULL"):
+				addr = listenFull(t)
 			}
+			fill := strings.NewReplacer("HOST", addr, "CLOSED", addr, "FULL", addr).Replace
 			if tt.cert != nil {
 				l = tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{selfSigned(t, tt.cert)}})
 			}
 			serveEach(t, l, tt.serve)
-			status, out := runCheck(t, fill.Replace(tt.url))
-			checkOutput(t, status, out, tt.step, fill.Replace(tt.want))
+			status, out := runCheck(t, fill(tt.url))
+			checkOutput(t, status, out, tt.step, fill(tt.want))
 		})
 	}
 }
@@ -200,6 +204,7 @@ func TestCheckEnvironment(t *testing.T) {
 		step, want     string
 	}{
 		{"good", "wss://HOST", "SSL_CERT_FILE=" + authority, good, "", "All is well"},
+		{"no DNS", "ws://relay.invalid/in/x", "NO_PROXY=*", good, "name", `The name relay.invalid was not found`},
 		{"proxy refuses", "ws://relay.invalid", "HTTP_PROXY=http://HOST", proxy("407 Who are you"), "proxy", `The proxy HOST wants a user and password`},
 		{"proxy refuses credentials", "wss://relay.invalid", "HTTPS_PROXY=http://any:secret@HOST", proxy("407 Who are you"), "proxy", `The proxy HOST does not accept its user and password.`},
 		{"proxy forbids", "wss://relay.invalid:22", "https_proxy=http://HOST", proxy("403 No"), "proxy", `The proxy HOST forbids connections to relay.invalid:22.`},

@@ -203,7 +203,7 @@ func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool) (*web
 		l.cannotResume()
 		l.Conn = conn
 		err := conn.HandshakeContext(ctx)
-		if trace := httptrace.ContextClientTrace(ctx); trace != nil {
+		if trace := httptrace.ContextClientTrace(ctx); trace != nil && trace.TLSHandshakeDone != nil {
 			trace.TLSHandshakeDone(conn.ConnectionState(), err)
 		}
 		if err != nil {

@@ -107,12 +107,14 @@ func (d *destination) tunnel(ctx context.Context, conn net.Conn, proxy *url.URL,
 		return nil, errUnanswered
 	case err != nil: // it may quote the answer
 		return nil, fmt.Errorf("%.200s", plain(err).Error())
-	case answer.StatusCode/100 == 5: // it could not reach the relay
-		return nil, unreachable{refusal{answer.StatusCode, answer.Status}}
-	case answer.StatusCode/100 != 2:
-		return nil, refusal{answer.StatusCode, answer.Status}
+	case answer.StatusCode/100 == 2:
+		return conn, nil
 	}
-	return conn, nil
+	no := refusal{answer.StatusCode, answer.Status[:min(len(answer.Status), 80)]}
+	if no.code/100 == 5 { // it could not reach the relay
+		return nil, unreachable{no}
+	}
+	return nil, no
 }
 
 // refusal is a proxy's answer to CONNECT other than success.

@@ -55,6 +55,7 @@ func TestProxyAnswers(t *testing.T) {
 		{"is silent", func(_ int64, _ string, conn net.Conn) { io.Copy(io.Discard, conn) }, 5, 9, "no answer within 5s"},
 		{"has an endless header", answer("HTTP/1.1 200 OK\r\nX: " + strings.Repeat("y", 1<<20)), 9, 15, "longer than 16384 bytes"},
 		{"is an SSH server", answer("SSH-2.0-OpenSSH_9.2\r\n\r\n"), 9, 15, "SSH-2.0-OpenSSH_9.2"},
+		{"has a long line", answer("HTTP/1.1 407 " + strings.Repeat("y", 9000) + "\r\n\r\n"), 6, 8, "407 yyyy"},
 		{"has a line for the log", answer("HTTP/1.1 407 a\x1b[31mb\r\n\r\n"), 6, 8, `a\\x1b[31mb`},
 	}
 	for _, tt := range tests {
@@ -209,6 +210,9 @@ func inNamespace(t *testing.T) bool {
 		}
 		return true
 	}
+	for _, target := range []string{"relay", "linux/amd64"} {
+		build(t, target) // in there, nothing can be downloaded
+	}
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -289,6 +293,15 @@ func TestE2EProxy(t *testing.T) {
 			}
 		})
 	}
+	t.Run("check", func(t *testing.T) {
+		_, addr := startTinyproxy(t, "BasicAuth lab secret")
+		r := startRelay(t, "192.0.2.1:0", "-cert", certs.cert, "-key", certs.key)
+		status, out := runCheck(t, "wss://"+r.addr, "HTTPS_PROXY=http://lab:secret@"+addr, "SSL_CERT_FILE="+certs.ca)
+		checkOutput(t, status, out, "", "All is well: video can go from here to "+r.addr)
+		if want := "a tunnel through " + addr; !strings.Contains(out, want) {
+			t.Errorf("got\n%swant %q", out, want)
+		}
+	})
 	t.Run("NO_PROXY", func(t *testing.T) {
 		r := startRelay(t, "192.0.2.1:0")
 		v := startVW(t, "HTTP_PROXY=http://192.0.2.1:1", "NO_PROXY=192.0.2.0/24")
