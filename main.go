@@ -28,6 +28,7 @@ import (
 const usage = `vw sends video over websockets, for remote laboratories.
 
 	vw stream     run: take feeds on /ts, rules on /api, send to relays
+	vw check URL  from here to that relay: what works, and what is wrong
 	vw version    print the version
 	vw help       print this
 
@@ -43,6 +44,8 @@ func main() {
 func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int {
 	switch {
 	case len(args) == 1 && args[0] == "stream":
+	case len(args) == 2 && args[0] == "check":
+		return check(ctx, args[1], stdout, stderr)
 	case len(args) == 1 && args[0] == "version":
 		fmt.Fprintln(stdout, "vw", version())
 		return 0
@@ -50,7 +53,7 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 		fmt.Fprint(stdout, usage, settingsHelp())
 		return 0
 	default:
-		fmt.Fprintf(stderr, "vw: %q: the command must be stream, version or help\n", strings.Join(args, " "))
+		fmt.Fprintf(stderr, "vw: %q: the command must be stream, check URL, version or help\n", strings.Join(args, " "))
 		return 2
 	}
 	set, warnings, err := readSettings(env)
@@ -138,6 +141,7 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 	work, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
 	r := newRules(work, newMux(), set.maxLag, log)
+	r.proxy = http.ProxyFromEnvironment
 	if set.state != "" {
 		if err := r.keep(set.state); err != nil {
 			for _, l := range listeners {

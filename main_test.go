@@ -188,6 +188,8 @@ func TestRun(t *testing.T) {
 		{"version", []string{"version"}, nil, 0, "vw ", ""},
 		{"nothing", nil, nil, 2, "", `"": the command must be`},
 		{"unknown", []string{"strem"}, nil, 2, "", `"strem": the command must be`},
+		{"check nothing", []string{"check"}, nil, 2, "", `"check": the command must be`},
+		{"check no URL", []string{"check", "relay"}, nil, 2, "", `destination "relay": the scheme is "", it must be ws or wss`},
 		{"port", []string{"stream"}, []string{"VW_PORT=99999"}, 2, "", `VW_PORT="99999": it must be a port`},
 		{"host", []string{"stream"}, []string{"VW_HOST=a b"}, 2, "", `VW_HOST="a b": it must be an address`},
 		{"level", []string{"stream"}, []string{"VW_LOG_LEVEL=loud"}, 2, "", `VW_LOG_LEVEL="loud": it must be one of`},

@@ -174,6 +174,12 @@ func (s *server) login(w http.ResponseWriter, r *http.Request) {
 // events sends the stats as server-sent events: at once, then every second,
 // until the listener leaves, stops reading or vw ends.
 func (s *server) events(w http.ResponseWriter, r *http.Request) {
+	leave, err := s.door.reader(r)
+	if err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	defer leave()
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("X-Accel-Buffering", "no") // nginx would wait for more

@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"net/http"
 	"net/url"
 	"slices"
 	"strings"
@@ -190,7 +191,8 @@ type rules struct {
 	ctx    context.Context // ends every destination
 	mux    *mux
 	dial   func(ctx context.Context, network, address string) (net.Conn, error)
-	roots  *x509.CertPool // that vouch for relays; nil: the system's
+	proxy  func(*http.Request) (*url.URL, error) // on the way to a relay; nil: none
+	roots  *x509.CertPool                        // that vouch for relays; nil: the system's
 	maxLag time.Duration
 	file   string // the state file; "": none
 	log    *slog.Logger
@@ -457,7 +459,7 @@ func (r *rules) applyDestination(rule destinationRule) {
 		panic(err) // a rule is clean
 	}
 	d := &destination{
-		rule: rule, url: u, mux: r.mux, dial: r.dial, roots: r.roots, maxLag: r.maxLag,
+		rule: rule, url: u, mux: r.mux, dial: r.dial, proxy: r.proxy, roots: r.roots, maxLag: r.maxLag,
 	}
 	d.log = r.log.With("dest", string(rule.ID), "stream", rule.Stream, "url", d.shown())
 	is := &running{destination: d}
