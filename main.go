@@ -57,7 +57,7 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 		fmt.Fprintln(stderr, "vw:", err)
 		return 2
 	}
-	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: set.logLevel}))
+	log := slog.New(newHandler(env, stderr, set.logLevel))
 	for _, w := range warnings {
 		log.Warn(w)
 	}
@@ -73,7 +73,7 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 	defer stop()
 	defer context.AfterFunc(ctx, stop)() // a second signal ends the program at once
 	tuneGC()
-	if err := serve(ctx, set, log); err != nil {
+	if err := serve(ctx, set, newNotifier(env, log), log); err != nil {
 		log.Error("vw ends", "err", err)
 		return 1
 	}
@@ -132,7 +132,7 @@ var errShutdown = errors.New("vw is shutting down")
 
 // serve runs vw until ctx is done; then it ends within 5 s, whatever relays,
 // publishers and callers do.
-func serve(ctx context.Context, set settings, log *slog.Logger) error {
+func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logger) error {
 	listeners, err := listen(set.host, set.port)
 	if err != nil {
 		return err
@@ -167,9 +167,15 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 			return nil
 		})
 	}
+	manager.tell("READY=1")
+	g.Go(func() error {
+		manager.watch(ctx, r.mux.pass)
+		return nil
+	})
 	g.Go(func() error {
 		<-ctx.Done()
 		end(errShutdown)
+		manager.tell("STOPPING=1")
 		soon, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 		defer cancel()
 		if err := h.Shutdown(soon); err != nil {
