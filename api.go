@@ -62,6 +62,7 @@ func newServer(ctx context.Context, r *rules, token string, log *slog.Logger) *s
 	s.handle("DELETE /api/streams/{stream...}", s.deleteStream)
 	s.handle("GET /api/destinations/{id...}", s.getDestination)
 	s.handle("DELETE /api/destinations/{id...}", s.deleteDestination)
+	s.handle("GET /api/devices", s.getDevices)
 	s.handle("GET /healthcheck", func(*http.Request) (any, error) { return "ok", nil })
 	s.routes.HandleFunc("POST /ts/{feed...}", s.postFeed)
 	s.routes.HandleFunc("PUT /ts/{feed...}", s.postFeed)

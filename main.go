@@ -27,6 +27,7 @@ import (
 const usage = `vw sends video over websockets, for remote laboratories.
 
 	vw stream     run: take feeds on /ts, rules on /api, send to relays
+	vw devices    list cameras and microphones, each with its ffmpeg line; as JSON with -json
 	vw version    print the version
 	vw help       print this
 
@@ -42,6 +43,7 @@ func main() {
 func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int {
 	switch {
 	case len(args) == 1 && args[0] == "stream":
+	case len(args) == 1 && args[0] == "devices", slices.Equal(args, []string{"devices", "-json"}):
 	case len(args) == 1 && args[0] == "version":
 		fmt.Fprintln(stdout, "vw", version())
 		return 0
@@ -49,13 +51,16 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 		fmt.Fprint(stdout, usage, settingsHelp())
 		return 0
 	default:
-		fmt.Fprintf(stderr, "vw: %q: the command must be stream, version or help\n", strings.Join(args, " "))
+		fmt.Fprintf(stderr, "vw: %q: the command must be stream, devices (or devices -json), version or help\n", strings.Join(args, " "))
 		return 2
 	}
 	set, warnings, err := readSettings(env)
 	if err != nil {
 		fmt.Fprintln(stderr, "vw:", err)
 		return 2
+	}
+	if args[0] == "devices" {
+		return printDevices(len(args) == 2, set.port, stdout, stderr)
 	}
 	log := slog.New(newHandler(env, stderr, set.logLevel))
 	for _, w := range warnings {
