@@ -298,8 +298,8 @@ func (c *cameraInfo) pick() (choice, bool) {
 				w, h := s.nearest()
 				rate := s.rate()
 				slow := 0
-				if 0 < rate && rate < 23 {
-					slow = 1
+				if rate > 0 {
+					slow = max(0, int(24-rate))
 				}
 				score := []int{max(w-wantWidth, wantWidth-w) + max(h-wantHeight, wantHeight-h), slow, preference}
 				if least == nil || slices.Compare(score, least) < 0 {
