@@ -273,11 +273,11 @@ func TestUnits(t *testing.T) {
 				t.Errorf("verify: %s", line)
 			}
 		}
-		out, err := exec.Command(analyze, "security", "--offline=true", "--no-pager", "--threshold=40", path).CombinedOutput()
+		out, err := exec.Command(analyze, "security", "--offline=true", "--no-pager", "--threshold=20", path).CombinedOutput()
 		lines := strings.Split(strings.TrimSpace(string(out)), "\n")
 		t.Logf("%s: %s", name, lines[len(lines)-1])
 		if err != nil {
-			t.Errorf("security: got %v, want an exposure of at most 4.0\n%s", err, out)
+			t.Errorf("security: got %v, want an exposure of at most 2.0\n%s", err, out)
 		}
 	}
 }
