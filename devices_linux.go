@@ -59,7 +59,7 @@ type v4l2FrmIvalEnum struct {
 const (
 	iocRead, iocWrite = 2 << 30, 1 << 30
 
-	vidiocQueryCap           = iocRead | unsafe.Sizeof(v4l2Capability{})<<16 | 'V'<<8 | 0
+	vidiocQueryCap           = iocRead | unsafe.Sizeof(v4l2Capability{})<<16 | 'V'<<8
 	vidiocEnumFmt            = iocRead | iocWrite | unsafe.Sizeof(v4l2FmtDesc{})<<16 | 'V'<<8 | 2
 	vidiocEnumFrameSizes     = iocRead | iocWrite | unsafe.Sizeof(v4l2FrmSizeEnum{})<<16 | 'V'<<8 | 74
 	vidiocEnumFrameIntervals = iocRead | iocWrite | unsafe.Sizeof(v4l2FrmIvalEnum{})<<16 | 'V'<<8 | 75
