@@ -154,7 +154,11 @@ func TestWatchdogBites(t *testing.T) {
 					n.tell("passed")
 				})
 			})
-			<-tried
+			select {
+			case <-tried:
+			case <-time.After(settleTime):
+				t.Error("the watchdog is fed without a look")
+			}
 			time.Sleep(20 * time.Millisecond) // a watchdog that does not wait is fed by now
 			n.tell("stuck")
 			tt.lock.Unlock()
