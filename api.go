@@ -69,6 +69,7 @@ func newServer(ctx context.Context, r *rules, token string, log *slog.Logger) *s
 	s.handle("GET /api/stats", s.getStats)
 	s.routes.HandleFunc("GET /api/events", s.events)
 	s.routes.HandleFunc("GET /metrics", s.getMetrics)
+	s.handle("GET /api/devices", s.getDevices)
 	s.handle("GET /healthcheck", func(*http.Request) (any, error) { return "ok", nil })
 	s.routes.HandleFunc("POST /ts/{feed...}", s.postFeed)
 	s.routes.HandleFunc("PUT /ts/{feed...}", s.postFeed)

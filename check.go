@@ -24,7 +24,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-	"unicode"
 )
 
 const (
@@ -297,16 +296,6 @@ func (c *checkup) did(step string, err error, detail string) bool {
 }
 
 func ms(d time.Duration) float64 { return d.Seconds() * 1000 }
-
-// printable is s without what a terminal might obey.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return '?'
-		}
-		return r
-	}, s)
-}
 
 // sentence says how it went.
 func (c *checkup) sentence() string {

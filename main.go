@@ -29,6 +29,7 @@ const usage = `vw sends video over websockets, for remote laboratories.
 
 	vw stream     run: take feeds on /ts, rules on /api, send to relays
 	vw check URL  from here to that relay: what works, and what is wrong
+	vw devices    list cameras and microphones, each with its ffmpeg line; as JSON with -json
 	vw version    print the version
 	vw help       print this
 
@@ -46,6 +47,7 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 	case len(args) == 1 && args[0] == "stream":
 	case len(args) == 2 && args[0] == "check":
 		return check(ctx, args[1], stdout, stderr)
+	case len(args) == 1 && args[0] == "devices", slices.Equal(args, []string{"devices", "-json"}):
 	case len(args) == 1 && args[0] == "version":
 		fmt.Fprintln(stdout, "vw", version())
 		return 0
@@ -53,7 +55,7 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 		fmt.Fprint(stdout, usage, settingsHelp())
 		return 0
 	default:
-		fmt.Fprintf(stderr, "vw: %q: the command must be stream, check URL, version or help\n", strings.Join(args, " "))
+		fmt.Fprintf(stderr, "vw: %q: the command must be stream, check URL, devices (or devices -json), version or help\n", strings.Join(args, " "))
 		return 2
 	}
 	set, warnings, err := readSettings(env)
@@ -61,7 +63,10 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 		fmt.Fprintln(stderr, "vw:", err)
 		return 2
 	}
-	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: set.logLevel}))
+	if args[0] == "devices" {
+		return printDevices(len(args) == 2, set.port, stdout, stderr)
+	}
+	log := slog.New(newHandler(env, stderr, set.logLevel))
 	for _, w := range warnings {
 		log.Warn(w)
 	}
@@ -76,7 +81,7 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	defer context.AfterFunc(ctx, stop)() // a second signal ends the program at once
-	err = serve(ctx, set, log)
+	err = serve(ctx, set, newNotifier(env, log), log)
 	switch bad := (settingError{}); {
 	case errors.As(err, &bad):
 		fmt.Fprintln(stderr, "vw:", err)
@@ -130,7 +135,7 @@ var errShutdown = errors.New("vw is shutting down")
 
 // serve runs vw until ctx is done; then it ends within 5 s, whatever relays,
 // publishers and callers do.
-func serve(ctx context.Context, set settings, log *slog.Logger) error {
+func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logger) error {
 	listeners, err := listen(set.host, set.port)
 	if unknown := (&net.DNSError{}); errors.As(err, &unknown) {
 		return settingError{"VW_HOST", set.host, err}
@@ -179,9 +184,15 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 			return nil
 		})
 	}
+	manager.tell("READY=1")
+	g.Go(func() error {
+		manager.watch(ctx, r.mux.pass)
+		return nil
+	})
 	g.Go(func() error {
 		<-ctx.Done()
 		end(errShutdown)
+		manager.tell("STOPPING=1")
 		soon, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 		defer cancel()
 		if err := h.Shutdown(soon); err != nil {

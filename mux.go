@@ -700,6 +700,26 @@ func newMux() *mux {
 	return &mux{epoch: time.Now().Add(-10 * time.Second), feeds: make(map[string]*feed), streams: make(map[string]*stream)}
 }
 
+// pass takes each lock on the way of video once, so it does not return while
+// one of them is stuck.
+func (x *mux) pass() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	through := func(mu *sync.Mutex, subs *[]*subscriber) {
+		mu.Lock()
+		defer mu.Unlock()
+		for _, s := range *subs {
+			s.drained()
+		}
+	}
+	for _, f := range x.feeds {
+		through(&f.mu, &f.subs)
+	}
+	for _, st := range x.streams {
+		through(&st.mu, &st.subs)
+	}
+}
+
 // isStream tells whether a valid name is a stream's; else it is a feed's.
 func isStream(name string) bool { return strings.HasPrefix(name, "stream/") }
 
