@@ -290,9 +290,8 @@ func waitFor(t testing.TB, what string, ok func() bool) {
 
 // TestShutdown: status 0, whatever publishers and readers do.
 func TestShutdown(t *testing.T) {
-	addr, _, stop := runVW(t)
+	addr, log, stop := runVW(t)
 	body, in := io.Pipe()
-	defer in.Close()
 	posted := make(chan string, 1)
 	go func() {
 		r, err := http.Post("http://"+addr+"/ts/video0", "", body)
@@ -304,6 +303,8 @@ func TestShutdown(t *testing.T) {
 		posted <- r.Status
 	}()
 	in.Write(testClip(12, 2000))
+	// The kernel may have a connection that nobody has accepted: its end is no answer.
+	waitFor(t, "the publisher", func() bool { return strings.Contains(log.String(), "publisher arrived") })
 	reader, err := http.Get("http://" + addr + "/ts/video0")
 	if err != nil {
 		t.Fatal(err)
@@ -321,7 +322,8 @@ func TestShutdown(t *testing.T) {
 	if d := time.Since(start); d > 5*time.Second {
 		t.Errorf("took %v, want 5 s at most", d)
 	}
+	in.Close() // net/http's client waits for it when the connection is lost
 	if got := <-posted; got != "503 Service Unavailable" {
-		t.Errorf("the publisher got %q, want 503", got)
+		t.Errorf("the publisher got %q, want 503\n%s", got, log)
 	}
 }
