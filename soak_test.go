@@ -163,6 +163,27 @@ func (s *soak) account() (all counters) {
 	return all
 }
 
+// members are what a mux has.
+type members struct{ feeds, streams, readers int }
+
+func (s *soak) members() members {
+	x := s.rules.mux
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	m := members{feeds: len(x.feeds), streams: len(x.streams)}
+	for _, f := range x.feeds {
+		f.mu.Lock()
+		m.readers += len(f.subs)
+		f.mu.Unlock()
+	}
+	for _, st := range x.streams {
+		st.mu.Lock()
+		m.readers += len(st.subs)
+		st.mu.Unlock()
+	}
+	return m
+}
+
 // sample takes one, and returns it as a text.
 func (s *soak) sample() string {
 	var m runtime.MemStats
@@ -180,6 +201,9 @@ func (s *soak) sample() string {
 // size. What must be seen is one leak in 100 cycles: of a goroutine; or of
 // what least can leak with the media, a message of one frame of size bytes.
 func (s *soak) flat(frame int) {
+	if s.t.Failed() {
+		return // there may be too few samples
+	}
 	const leaks = 10 // in 1,000 cycles
 	message := float64(int(unsafe.Sizeof(message{})) + frame)
 	late := s.samples[len(s.samples)/4:]
@@ -299,7 +323,7 @@ func TestSoak24(t *testing.T) {
 		send("kept/moves", "stream/kept", "ws://well/0")
 		dice := s.dice(-1)
 		start := time.Now()
-		for i := range hours * 3600 {
+		for i := 0; i < hours*3600 && !t.Failed(); i++ {
 			stream, feed, name := fmt.Sprint("stream/", i), fmt.Sprint("audio", i), fmt.Sprint(i)
 			set(stream, "video0", feed)
 			send(name, stream, "ws://"+tempers[dice.IntN(len(tempers))])
@@ -332,6 +356,12 @@ func TestSoak24(t *testing.T) {
 			s.cycles.Add(1)
 			if (i+1)%900 == 0 {
 				synctest.Wait()
+				if m := s.members(); m.feeds > 3 || m.streams > 2 || m.readers > len(tempers)+3 { // what ended last may have yet to leave
+					t.Errorf("got %+v with %d destinations for good", m, len(tempers)+1)
+				}
+				if n := runtime.NumGoroutine(); n > before+10*len(tempers) { // those of the relays among them
+					t.Errorf("got %d goroutines with %d destinations for good", n, len(tempers)+1)
+				}
 				if text := s.sample(); (i+1)%3600 == 0 {
 					t.Logf("hour %d: %s", (i+1)/3600, text)
 				}
@@ -343,21 +373,17 @@ func TestSoak24(t *testing.T) {
 		time.Sleep(10 * time.Second) // the longest stall of a relay
 		synctest.Wait()
 		s.account()
-		l.mux.mu.Lock()
-		if f := l.mux.feeds["video0"]; len(l.mux.feeds) != 1 || len(l.mux.streams) != 0 || len(f.subs) != 0 || len(f.streams) != 0 {
-			t.Errorf("got feeds %v and streams %v, want video0 without readers", l.mux.feeds, l.mux.streams)
+		if got, want := s.members(), (members{feeds: 1}); got != want {
+			t.Errorf("got %+v, want %+v: video0", got, want)
 		}
-		l.mux.mu.Unlock()
 		if len(s.open) > 0 {
 			t.Errorf("got %d destinations that have not ended", len(s.open))
 		}
 		if got := s.received.Load(); got != s.toWell || got == 0 {
 			t.Errorf("the relays that are well received %d messages, %d were delivered to them", got, s.toWell)
 		}
-		for why, n := range s.closed.dropped {
-			if n == 0 && cause(why) != kept && cause(why) != dropBytes {
-				t.Errorf("nothing was dropped by cause %d: %+v", why, s.closed)
-			}
+		if d := s.closed.dropped; d[dropGate] == 0 || d[dropLag] == 0 || d[dropMuted] == 0 || d[dropEnd] == 0 {
+			t.Errorf("got %+v, want drops of each cause but bytes", s.closed)
 		}
 		s.flat(size)
 		cancel()
@@ -651,11 +677,9 @@ func TestSoak(t *testing.T) {
 		s.web.Client().CloseIdleConnections()
 		s.returnTo(idle)
 		s.account()
-		r.mux.mu.Lock()
-		if len(r.mux.feeds)+len(r.mux.streams) > 0 {
-			t.Errorf("got feeds %v and streams %v, want none", r.mux.feeds, r.mux.streams)
+		if m := s.members(); m != (members{}) {
+			t.Errorf("got %+v, want none", m)
 		}
-		r.mux.mu.Unlock()
 		if len(s.open) > 0 {
 			t.Errorf("got %d destinations that have not ended", len(s.open))
 		}
