@@ -256,8 +256,8 @@ func (l *live) Read(p []byte) (int, error) {
 
 // TestSoak24: 86,400 streams with a feed and a destination of their own, each
 // for one second of a day, beside a destination of each temper for all of it.
-// The video's clock wraps at noon. The race detector gets a frame a second in
-// place of 25, and without -long a third of the day.
+// The race detector gets a frame a second in place of 25, and without -long a
+// third of the day. The video's PTS wrap at half time.
 //
 // Not parallel, as TestSoak: it counts what the whole process has.
 func TestSoak24(t *testing.T) {
@@ -307,7 +307,7 @@ func TestSoak24(t *testing.T) {
 		if frame == time.Second {
 			c.gop = 2
 		}
-		c.n = int((wrap - 12*3600*second) / c.step)
+		c.n = int((wrap - ticks(hours)*3600*second/2) / c.step)
 		c.n -= c.n % c.gop
 		size := len(c.next())
 		var feeds sync.WaitGroup
