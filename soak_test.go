@@ -148,6 +148,7 @@ func (s *soak) account() (all counters) {
 		}
 		if c.published != sum {
 			s.t.Errorf("I7: %s to %s: published %d, but delivered, dropped and queued are %d: %+v", d.rule.ID, d.url, c.published, sum, c)
+			return true // told once
 		}
 		if !over {
 			all.add(c)
