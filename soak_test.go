@@ -392,7 +392,7 @@ func TestSoak24(t *testing.T) {
 		feeds.Wait()
 		l.close()
 		synctest.Wait()
-		if n := runtime.NumGoroutine(); n != before {
+		if n := runtime.NumGoroutine(); n > before { // fewer: those of an earlier test ended
 			t.Errorf("got %d goroutines, want %d as before", n, before)
 		}
 	})
