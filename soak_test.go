@@ -50,6 +50,7 @@ type soak struct {
 	seed  uint64
 
 	cycles   atomic.Uint64 // rules, feeds and readers that came and went
+	accepted atomic.Int64  // connections, by relays of TestSoak
 	received atomic.Uint64 // messages, by relays that are well
 
 	mu     sync.Mutex
@@ -408,7 +409,7 @@ type fleet struct {
 // sail starts a relay of each temper that can be connected to.
 func (s *soak) sail(ctx context.Context) *fleet {
 	f := &fleet{addrs: map[string]string{"refuses": "127.0.0.1:1"}}
-	for i, temper := range tempers {
+	for _, temper := range tempers {
 		if temper == "refuses" || temper == "away" {
 			continue
 		}
@@ -419,7 +420,7 @@ func (s *soak) sail(ctx context.Context) *fleet {
 		f.addrs[temper] = l.Addr().String()
 		f.ends = append(f.ends, l.Close)
 		f.conns.Go(func() {
-			for n := int64(i); ; n += int64(len(tempers)) {
+			for {
 				conn, err := l.Accept()
 				if err != nil {
 					return
@@ -427,7 +428,7 @@ func (s *soak) sail(ctx context.Context) *fleet {
 				conn.(*net.TCPConn).SetReadBuffer(16 << 10) // what stalls is soon full
 				f.conns.Go(func() {
 					defer conn.Close()
-					s.relay(ctx, n, temper, conn)
+					s.relay(ctx, s.accepted.Add(1), temper, conn)
 				})
 			}
 		})
