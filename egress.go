@@ -187,8 +187,8 @@ func (l *link) status() statusError {
 	return statusError{code, strconv.QuoteToASCII(line)}
 }
 
-// open does the TLS and the websocket handshake as a client.
-func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool) (*websocket.Conn, error) {
+// open does the TLS and the websocket handshake as a client. It takes header.
+func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool, header http.Header) (*websocket.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	origin := url.URL{Scheme: "http", Host: u.Host}
@@ -206,7 +206,7 @@ func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool) (*web
 	}
 	release := onDone(ctx, func() { l.SetDeadline(past) })
 	config := &websocket.Config{
-		Location: u, Origin: &origin, Version: websocket.ProtocolVersionHybi13, Header: http.Header{},
+		Location: u, Origin: &origin, Version: websocket.ProtocolVersionHybi13, Header: header,
 	}
 	if u.User != nil {
 		password, _ := u.User.Password()
@@ -558,14 +558,19 @@ func (d *destination) count() (c counters, queued int) {
 	return c, queued
 }
 
-// run keeps a connection to the relay up. The log is told of a failure once,
-// until a connection has been healthy.
+// run sends until ctx is done.
 func (d *destination) run(ctx context.Context) {
 	defer d.hush()
+	d.keepUp(ctx, d.connect)
+}
+
+// keepUp keeps a connection to the relay up. The log is told of a failure once,
+// until a connection has been healthy.
+func (d *destination) keepUp(ctx context.Context, connect func(ctx context.Context, tell bool) (healthy bool, err error)) {
 	var b backoff
 	told := "" // the last failure that the log was told
 	for {
-		healthy, err := d.connect(ctx, told == "")
+		healthy, err := connect(ctx, told == "")
 		if errors.Is(err, errTakenOver) || ctx.Err() != nil {
 			d.log.Info("destination ended", "err", err)
 			return
@@ -605,24 +610,11 @@ func failure(err error) string {
 	return err.Error()
 }
 
-// connect is one connection: dial, handshake, send. healthy tells whether it
+// connect is one connection: open, then send. healthy tells whether it
 // was open for 5 s; the error, never nil, why it ended.
 func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err error) {
-	host := d.url.Host
-	if d.url.Port() == "" {
-		host = net.JoinHostPort(d.url.Hostname(), map[string]string{"ws": "80", "wss": "443"}[d.url.Scheme])
-	}
-	dialing, cancel := context.WithTimeout(ctx, dialTimeout)
-	conn, err := d.dial(dialing, "tcp", host)
-	cancel()
+	l, ws, err := d.open(ctx)
 	if err != nil {
-		return false, unreachable{err}
-	}
-	l := newLink(conn, d.log)
-	l.silence = maxSilence
-	ws, err := l.open(ctx, d.url, d.roots)
-	if err != nil {
-		conn.Close()
 		return false, err
 	}
 	s := l.subscribe(masked, d.maxLag)
@@ -649,6 +641,17 @@ func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err
 	d.past.add(s.end())
 	d.mu.Unlock()
 	return time.Since(opened) >= healthyAfter, lost{err}
+}
+
+// dialSoon dials within 2 s.
+func (d *destination) dialSoon(ctx context.Context, network, address string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	conn, err := d.dial(ctx, network, address)
+	if err != nil {
+		return nil, unreachable{err}
+	}
+	return conn, nil
 }
 
 // unreachable is an error of a dial.
@@ -688,7 +691,7 @@ func refused(err error) bool {
 	if errors.As(err, &status) {
 		return status.code == 401 || status.code == 403 || status.code == 404
 	}
-	return errors.As(err, new(*tls.CertificateVerificationError))
+	return errors.As(err, new(*tls.CertificateVerificationError)) || errors.As(err, new(refusal))
 }
 
 // shown is the URL of d without what may be secret.

@@ -147,6 +147,9 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 		}
 	}
 	s := newServer(work, r, set.token, log)
+	if set.api != "" {
+		s.startControl(set.control())
+	}
 	h := &http.Server{
 		Handler:           s,
 		ReadHeaderTimeout: 10 * time.Second,
@@ -225,6 +228,8 @@ type settings struct {
 	port       int    // 0: any that is free
 	logLevel   slog.Level
 	token      string
+	api        string // URL that commands come from; "": none
+	apiToken   string
 	state      string // file; "": none
 	maxLag     time.Duration
 	cpuProfile string
@@ -257,6 +262,14 @@ var variables = []variable{
 	}},
 	{"VW_TOKEN", "", "none", "what peers that are not loopback must present", func(s *settings, v string) (string, bool) {
 		s.token = v
+		return "", true
+	}},
+	{"VW_API", "", "none", "websocket to dial for commands", func(s *settings, v string) (string, bool) {
+		s.api = v
+		return "", true // checked below, with the token
+	}},
+	{"VW_API_TOKEN", "", "none", "token for it", func(s *settings, v string) (string, bool) {
+		s.apiToken = v
 		return "", true
 	}},
 	{"VW_STATE", "", "none", "file in which the rules survive a restart", func(s *settings, v string) (string, bool) {
@@ -299,6 +312,11 @@ func readSettings(env []string) (settings, []string, error) {
 		}
 		if allowed, ok := variables[i].read(&s, value); !ok {
 			return s, nil, fmt.Errorf("%s=%q: it must be %s", name, value, allowed)
+		}
+	}
+	if s.api != "" { // no value in the error: it may be a secret
+		if err := s.control().cleanControl(); err != nil {
+			return s, nil, fmt.Errorf("VW_API, VW_API_TOKEN: %w", err)
 		}
 	}
 	return s, warnings, nil

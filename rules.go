@@ -29,9 +29,11 @@ type streamRule struct {
 
 // destinationRule sends a feed or stream to a relay.
 type destinationRule struct {
-	ID          id     `json:"id"`
-	Stream      string `json:"stream"`
-	Destination string `json:"destination"`
+	ID          id      `json:"id"`
+	Stream      string  `json:"stream"`
+	Destination string  `json:"destination"`
+	Token       string  `json:"token,omitempty"`   // a secret
+	Headers     headers `json:"headers,omitempty"` // their values are secrets
 }
 
 // id names a destination. In JSON a string, or a number as it is written.
@@ -143,20 +145,32 @@ func (r destinationRule) clean() (destinationRule, *url.URL, error) {
 	if err != nil {
 		return none, nil, err
 	}
-	u, err := url.Parse(r.Destination)
-	switch {
-	case err != nil || strings.ContainsFunc(r.Destination, func(c rune) bool { return c <= ' ' || c >= 0x7f }):
-		return none, nil, invalid("destination %.100q: not a URL", r.Destination)
-	case u.Scheme != "ws" && u.Scheme != "wss":
-		return none, nil, invalid("destination %.100q: the scheme is %q, it must be ws or wss", r.Destination, u.Scheme)
-	case u.Hostname() == "":
-		return none, nil, invalid("destination %.100q: the host is missing", r.Destination)
-	case u.Fragment != "" || strings.Contains(r.Destination, "#"): // RFC 6455 3
-		return none, nil, invalid("destination %.100q: a websocket URL has no fragment (#)", r.Destination)
-	case !validPort(u.Port()):
-		return none, nil, invalid("destination %.100q: the port is %s, it must be 1 to 65535", r.Destination, u.Port())
+	u, err := cleanURL(r.Destination)
+	if err != nil {
+		return none, nil, err
 	}
-	return destinationRule{id(name), source, r.Destination}, u, nil
+	if err := r.cleanSecrets(u); err != nil {
+		return none, nil, err
+	}
+	return destinationRule{id(name), source, r.Destination, r.Token, r.Headers}, u, nil
+}
+
+// cleanURL checks the URL of a relay.
+func cleanURL(raw string) (*url.URL, error) {
+	u, err := url.Parse(raw)
+	switch {
+	case err != nil || strings.ContainsFunc(raw, func(c rune) bool { return c <= ' ' || c >= 0x7f }):
+		return nil, invalid("destination %.100q: not a URL", blame(raw))
+	case u.Scheme != "ws" && u.Scheme != "wss" && u.Scheme != "http" && u.Scheme != "https":
+		return nil, invalid("destination %.100q: the scheme is %q, it must be ws or wss, or with a token http or https", blame(raw), u.Scheme)
+	case u.Hostname() == "":
+		return nil, invalid("destination %.100q: the host is missing", blame(raw))
+	case u.Fragment != "" || strings.Contains(raw, "#"): // RFC 6455 3
+		return nil, invalid("destination %.100q: a websocket URL has no fragment (#)", blame(raw))
+	case !validPort(u.Port()):
+		return nil, invalid("destination %.100q: the port is %s, it must be 1 to 65535", blame(raw), u.Port())
+	}
+	return u, nil
 }
 
 func validPort(s string) bool {
@@ -395,15 +409,15 @@ func await(words []<-chan struct{}) {
 }
 
 // setDestination adds or changes a destination. The same rule again changes
-// nothing.
+// nothing; *** keeps a secret as it is.
 func (r *rules) setDestination(rule destinationRule) (destinationRule, error) {
-	rule, _, err := rule.clean()
-	if err != nil {
-		return rule, err
-	}
 	r.storing.Lock()
 	defer r.storing.Unlock()
 	set := r.set()
+	rule, _, err := rule.keep(set.destinations[strings.TrimPrefix(string(rule.ID), "/")]).clean()
+	if err != nil {
+		return rule, err
+	}
 	old, known := set.destinations[string(rule.ID)]
 	if known && old == rule && !r.behind.Load() {
 		return rule, nil
@@ -549,7 +563,7 @@ func decode(b []byte, v any) error {
 		return invalid("JSON: %.200s", strings.TrimPrefix(err.Error(), "json: "))
 	}
 	if len(bytes.TrimSpace(b[d.InputOffset():])) > 0 {
-		return invalid("JSON: more after the end of the rule: %.40q", bytes.TrimSpace(b[d.InputOffset():]))
+		return invalid("JSON: more after the end of the rule, from byte %d on", d.InputOffset()) // not what: it may be a secret
 	}
 	return nil
 }
