@@ -871,6 +871,7 @@ var buildDir = sync.OnceValues(func() (string, error) {
 
 // builds has a function for each target, which builds it once.
 var builds = map[string]func() (string, error){
+	"tokenrelay":    sync.OnceValues(func() (string, error) { return goBuild("tokenrelay", "testdata/tokenrelay") }),
 	"relay":         sync.OnceValues(func() (string, error) { return goBuild("relay", "testdata/relay") }),
 	"linux/amd64":   sync.OnceValues(func() (string, error) { return goBuild("linux/amd64", ".") }),
 	"linux/arm64":   sync.OnceValues(func() (string, error) { return goBuild("linux/arm64", ".") }),
