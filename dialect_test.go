@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"slices"
 	"strings"
@@ -267,6 +269,62 @@ func TestAccessPoint(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestTokenTLS: both dialects over TLS, with the roots that vouch for relays;
+// without them no token is sent.
+func TestTokenTLS(t *testing.T) {
+	var seen atomic.Int64 // tokens
+	var addr string
+	serve := websocket.Handler(func(ws *websocket.Conn) {
+		if ws.Request().URL.Query().Get("code") == "" {
+			var token string
+			websocket.Message.Receive(ws, &token)
+			if token != testToken {
+				return
+			}
+			seen.Add(1)
+			websocket.JSON.Send(ws, map[string]any{"authorised": true})
+		}
+		io.Copy(io.Discard, ws)
+	})
+	relay := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPost && r.Header.Get("Authorization") == testToken {
+			seen.Add(1)
+			fmt.Fprintf(w, `{"uri":"wss://%s/?code=1"}`, addr)
+			return
+		}
+		serve.ServeHTTP(w, r)
+	}))
+	relay.Config.ErrorLog = log.New(io.Discard, "", 0)
+	ca := newTestCA(t)
+	relay.TLS = ca.server
+	relay.StartTLS()
+	defer relay.Close()
+	addr = relay.Listener.Addr().String()
+	for _, scheme := range []string{"wss", "https"} {
+		var log logBuffer
+		r, _, _ := realRules(t, &log)
+		set := func(id id) {
+			t.Helper()
+			if _, err := r.setDestination(destinationRule{ID: id, Stream: "video0", Destination: scheme + "://" + addr + "/", Token: testToken}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before := seen.Load()
+		set("unknown")
+		waitFor(t, "a refusal", func() bool { return strings.Contains(log.String(), "certificate signed by unknown authority") })
+		if n := seen.Load() - before; n > 0 {
+			t.Errorf("%s: got %d tokens without a good certificate", scheme, n)
+		}
+		r.roots = ca.roots
+		set("known")
+		waitFor(t, "a connection", func() bool { return strings.Contains(log.String(), "msg=connected dest=known") })
+		r.deleteDestinations()
+	}
+	if got := seen.Load(); got != 2 {
+		t.Errorf("got %d tokens, want 2", got)
 	}
 }
 
