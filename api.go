@@ -29,6 +29,7 @@ import (
 
 const (
 	maxBody     = 64 << 10 // bytes of a rule
+	maxHeaders  = 8 << 10  // bytes of a request's header
 	bodyTimeout = 10 * time.Second
 )
 
@@ -41,10 +42,13 @@ type server struct {
 	maxLag  time.Duration
 	started time.Time
 	token   string // what peers that are not loopback present; "": none may
+	player  player // of the page
 	log     *slog.Logger
 	tasks   sync.WaitGroup
+	door    door
 
 	control *control // set before it serves; nil: none
+	port    int      // the same; 0: not known
 
 	routes *http.ServeMux
 	cross  *http.CrossOriginProtection
@@ -66,13 +70,20 @@ func newServer(ctx context.Context, r *rules, token string, log *slog.Logger) *s
 	s.handle("GET /api/destinations/{id...}", s.getDestination)
 	s.handle("DELETE /api/destinations/{id...}", s.deleteDestination)
 	s.handle("GET /api/stats", s.getStats)
+	s.routes.HandleFunc("GET /api/events", s.events)
 	s.routes.HandleFunc("GET /metrics", s.getMetrics)
+	s.handle("GET /api/devices", s.getDevices)
 	s.handle("GET /healthcheck", func(*http.Request) (any, error) { return "ok", nil })
 	s.routes.HandleFunc("POST /ts/{feed...}", s.postFeed)
 	s.routes.HandleFunc("PUT /ts/{feed...}", s.postFeed)
 	s.routes.HandleFunc("GET /ts/{name...}", s.getTS)
 	s.routes.HandleFunc("GET /in/{feed...}", s.in)
 	s.routes.HandleFunc("GET /out/{name...}", s.out)
+	for _, path := range []string{"/{$}", "/page.css", "/page.js", "/icon.svg"} {
+		s.routes.HandleFunc("GET "+path, s.getPage)
+	}
+	s.routes.HandleFunc("GET /player.js", s.getPlayer)
+	s.routes.HandleFunc("POST /login", s.login)
 	for _, path := range []string{"/ts", "/in", "/out"} { // else ServeMux redirects
 		s.handle(path, func(*http.Request) (any, error) { return nil, invalid("path %q: the name is missing", path) })
 	}
@@ -140,16 +151,25 @@ func (s *server) admit(r *http.Request) error {
 	if !ok {
 		_, given, _ = r.BasicAuth()
 	}
-	want, got := sha256.Sum256([]byte(s.token)), sha256.Sum256([]byte(given))
-	if subtle.ConstantTimeCompare(want[:], got[:]) == 0 {
+	if pageTypes[r.URL.Path] == "" && !s.isToken(given) && !s.signedIn(r) {
 		return httpError{http.StatusUnauthorized, "VW_TOKEN must be presented: Authorization: Bearer, or Basic with it as the password"}
 	}
 	return nil
 }
 
+// isToken compares in constant time.
+func (s *server) isToken(given string) bool {
+	want, got := sha256.Sum256([]byte(s.token)), sha256.Sum256([]byte(given))
+	return subtle.ConstantTimeCompare(want[:], got[:]) == 1
+}
+
 // fromLoopback tells whether the request was made on this machine, and not
-// for somebody else by a proxy on it.
+// for somebody else by a proxy on it. HTTP/1.0 is what nginx speaks unless it
+// is told otherwise.
 func fromLoopback(r *http.Request) bool {
+	if !r.ProtoAtLeast(1, 1) {
+		return false
+	}
 	for name := range r.Header {
 		if name == "Forwarded" || name == "Via" || name == "X-Real-Ip" || strings.HasPrefix(name, "X-Forwarded-") {
 			return false
@@ -210,11 +230,17 @@ func (s *server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 		status = http.StatusConflict
 	case errors.Is(err, errNotTS):
 		status = http.StatusUnsupportedMediaType
-	case errors.Is(err, errShutdown):
+	case errors.Is(err, errShutdown), errors.Is(err, errFull):
 		status = http.StatusServiceUnavailable
 	}
 	if status == http.StatusUnauthorized {
-		w.Header().Set("WWW-Authenticate", `Basic realm="vw"`)
+		// RFC 9110 15.5.2 wants one. ffmpeg waits for Basic on /ts; elsewhere a
+		// browser would put its own dialog over the page's.
+		scheme := "Bearer"
+		if strings.HasPrefix(r.URL.Path, "/ts/") {
+			scheme = "Basic"
+		}
+		w.Header().Set("WWW-Authenticate", scheme+` realm="vw"`)
 	}
 	c := http.NewResponseController(w)
 	if r.ContentLength != 0 {
@@ -278,6 +304,9 @@ func (s *server) handle(pattern string, f func(*http.Request) (any, error)) {
 // body decodes a rule.
 func body(r *http.Request, v any) error {
 	b, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return httpError{http.StatusRequestTimeout, fmt.Sprintf("body: not here within %v", bodyTimeout)}
+	}
 	if err != nil {
 		return invalid("body: %v", err)
 	}
@@ -372,7 +401,9 @@ func (s *server) publish(r *http.Request, interrupt func()) error {
 	defer onDone(s.ctx, interrupt)()
 	log := s.log.With("feed", name, "remote", r.RemoteAddr)
 	log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
-	err = s.mux.publish(name, newPublisher(r, interrupt), r.Body)
+	p := newPublisher(r, interrupt)
+	p.begun = func() { s.door.settle(r) }
+	err = s.mux.publish(name, p, r.Body)
 	if s.ctx.Err() != nil {
 		err = errShutdown
 	}
@@ -392,6 +423,16 @@ func (s *server) getTS(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, err)
 		return
 	}
+	if r.ContentLength != 0 { // net/http would wait for it before it answers
+		s.refuse(w, r, invalid("a GET of video has no body"))
+		return
+	}
+	leave, err := s.door.reader(r)
+	if err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	defer leave()
 	w.Header().Set("Content-Type", "video/mp2t")
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(http.StatusOK)
@@ -438,12 +479,14 @@ func (s *server) in(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, err)
 		return
 	}
+	defer s.door.settle(r) // http.Server does not tell the end of a connection that was hijacked
 	s.upgrade(w, r, func(l *link, ws *websocket.Conn) error {
 		l.log = s.log.With("feed", name, "remote", r.RemoteAddr)
 		l.log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
 		ctx, cancel := context.WithCancelCause(s.ctx)
 		defer cancel(nil)
 		p := newPublisher(r, func() { cancel(errReplaced) })
+		p.begun = func() { s.door.settle(r) }
 		return l.serve(ctx, l.subscribe(bare, s.maxLag), func() error {
 			return s.mux.publish(name, p, cutOff{ws})
 		}, func() {})
@@ -469,6 +512,12 @@ func (s *server) out(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, err)
 		return
 	}
+	leave, err := s.door.reader(r)
+	if err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	defer leave()
 	s.upgrade(w, r, func(l *link, ws *websocket.Conn) error {
 		l.log = s.log.With("stream", name, "remote", r.RemoteAddr)
 		l.log.Info("reader arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))

@@ -124,7 +124,7 @@ func TestAPIErrors(t *testing.T) {
 		status  int
 		want    string // in the error
 	}{
-		{"GET /", 404, `"/"`},
+		{"GET /index.html", 404, `"/index.html"`},
 		{"GET /nope", 404, `"/nope"`},
 		{"GET /api/streams", 405, "POST, PUT, UPDATE"},
 		{"DELETE /api/destinations", 405, "POST, PUT, UPDATE"},

@@ -11,6 +11,7 @@ import (
 	"bufio"
 	"bytes"
 	"crypto/sha1"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/binary"
 	"fmt"
@@ -22,31 +23,52 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/net/websocket"
 )
 
 func init() {
-	role := map[string]func(){"rawrelay": rawRelay, "receivers": receivers}[os.Getenv("VW_TEST_ROLE")]
+	role := map[string]func(){"raw": rawRelay, "x/net": netRelay, "receivers": receivers}[os.Getenv("VW_TEST_ROLE")]
 	if role != nil {
 		role()
 		os.Exit(0)
 	}
 }
 
-const benchReaders = 16
-
-// rawRelay is what vw is measured against: the body of a POST, read by 64 KiB,
-// goes to each of 16 connections with one plain Write. Plays until its
-// standard input ends; os.Args[1] is the address to dial.
+// rawRelay is what vw is measured against: the body of a POST goes to each of
+// os.Args[2] connections to os.Args[1] with one plain Write.
 func rawRelay() {
-	var readers [benchReaders]net.Conn
+	dial := func() (net.Conn, error) { return net.Dial("tcp", os.Args[1]) }
+	if os.Args[3] == "wss" {
+		dial = func() (net.Conn, error) { return tls.Dial("tcp", os.Args[1], nil) }
+	}
+	relayBody(dial, func(c net.Conn, b []byte) { must(c.Write(b)) })
+}
+
+// netRelay is the same with x/net's own Send, to websockets.
+func netRelay() {
+	relayBody(func() (*websocket.Conn, error) {
+		return websocket.Dial("ws://"+os.Args[1], "", "http://localhost")
+	}, func(c *websocket.Conn, b []byte) {
+		if err := websocket.Message.Send(c, b); err != nil {
+			panic(err)
+		}
+	})
+}
+
+// relayBody sends the body of a POST, read by 64 KiB, on to os.Args[2]
+// connections, until its standard input ends.
+func relayBody[C any](dial func() (C, error), send func(C, []byte)) {
+	readers := make([]C, must(strconv.Atoi(os.Args[2])))
 	for i := range readers {
-		readers[i] = must(net.Dial("tcp", os.Args[1]))
+		readers[i] = must(dial())
 	}
 	l := must(net.Listen("tcp", "127.0.0.1:0"))
 	fmt.Println(l.Addr())
@@ -55,7 +77,7 @@ func rawRelay() {
 		for {
 			n, err := r.Body.Read(buf)
 			for _, c := range readers {
-				must(c.Write(buf[:n]))
+				send(c, buf[:n])
 			}
 			if err != nil {
 				return
@@ -66,10 +88,15 @@ func rawRelay() {
 }
 
 // receivers accepts connections, plain or websocket, and discards what they
-// carry. For each line of its standard input it says how many bytes that was.
+// carry, on TLS if os.Args names a certificate and its key. For each line of
+// its standard input it says how many bytes that was.
 func receivers() {
 	l := must(net.Listen("tcp", "127.0.0.1:0"))
 	fmt.Println(l.Addr())
+	if len(os.Args) > 1 {
+		cert := must(tls.LoadX509KeyPair(os.Args[1], os.Args[2]))
+		l = tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{cert}})
+	}
 	var total atomic.Int64
 	go func() {
 		for {
@@ -130,6 +157,11 @@ func sendPong(w io.Writer) time.Time {
 func benchChild(b testing.TB, role string, args ...string) (pid int, addr string, ask func() string) {
 	cmd := exec.Command(os.Args[0], args...)
 	cmd.Env = append(os.Environ(), "VW_TEST_ROLE="+role)
+	return benchStart(b, role, cmd)
+}
+
+// benchStart is benchChild for any command.
+func benchStart(b testing.TB, role string, cmd *exec.Cmd) (pid int, addr string, ask func() string) {
 	cmd.Stderr = os.Stderr
 	in, err1 := cmd.StdinPipe()
 	out, err2 := cmd.StdoutPipe()
@@ -181,15 +213,20 @@ func benchVW(b *testing.B, n int, relay string) (pid int, addr string) {
 			}
 		}
 	})
+	benchRules(b, addr, n, relay)
+	return cmd.Process.Pid, addr
+}
+
+// benchRules adds n destinations for the feed "bench".
+func benchRules(b *testing.B, addr string, n int, relay string) {
 	for i := range n {
-		rule := fmt.Sprintf(`{"id":%d,"stream":"bench","destination":"ws://%s/"}`, i, relay)
+		rule := fmt.Sprintf(`{"id":%d,"stream":"bench","destination":"%s/"}`, i, relay)
 		r, err := http.Post("http://"+addr+"/api/destinations", "", strings.NewReader(rule))
 		if err != nil || r.StatusCode != http.StatusOK {
 			b.Fatal(err, r)
 		}
 		r.Body.Close()
 	}
-	return cmd.Process.Pid, addr
 }
 
 // cpuTime is what the threads of a process have used. Linux only.
@@ -315,44 +352,119 @@ func BenchmarkRelay(b *testing.B) {
 		{"8Mbit", 40_000, 40 * time.Millisecond},
 		{"400Mbit", 100_000, 2 * time.Millisecond},
 	} {
-		b.Run(c.name, func(b *testing.B) { benchRelay(b, c.frame, c.every) })
+		b.Run(c.name, func(b *testing.B) {
+			m := newComparison(b, 16, "ws")
+			m.add("raw")
+			m.run(c.frame, c.every, 5*time.Second)
+		})
 	}
 }
 
-func benchRelay(b *testing.B, frame int, every time.Duration) {
-	const rounds, window = 3, 5 * time.Second
-	_, relay, count := benchChild(b, "receivers")
+// BenchmarkFanOut: the same by number of destinations and size of a frame, at
+// 40 MB/s in all, and beside relays that use x/net's Send and gorilla's
+// WriteMessage; over TLS beside a raw relay alone.
+func BenchmarkFanOut(b *testing.B) {
+	for _, n := range []int{1, 4, 16, 64, 256} {
+		for _, frame := range []int{1_316, 5_264, 16_356} { // whole packets
+			every := time.Duration(n) * time.Duration(frame) * time.Second / 40e6
+			b.Run(fmt.Sprintf("destinations=%d/frame=%d", n, frame), func(b *testing.B) {
+				m := newComparison(b, n, "ws")
+				for _, kind := range []string{"raw", "x/net", "gorilla"} {
+					m.add(kind)
+				}
+				m.run(frame, every, 2*time.Second)
+			})
+			b.Run(fmt.Sprintf("TLS/destinations=%d/frame=%d", n, frame), func(b *testing.B) {
+				m := newComparison(b, n, "wss")
+				m.add("raw")
+				m.run(frame, every, 2*time.Second)
+			})
+		}
+	}
+}
+
+// comparison is vw and other relays, which send to the same receivers.
+type comparison struct {
+	b      *testing.B
+	n      int    // of receivers of each
+	scheme string // ws or wss
+	addr   string // of the receivers
+	count  func() string
+	relays []benchRelay // vw is the first
+}
+
+type benchRelay struct {
+	kind, addr string
+	pid        int
+	costs      []float64 // CPU seconds per GB
+}
+
+func newComparison(b *testing.B, n int, scheme string) *comparison {
+	m := &comparison{b: b, n: n, scheme: scheme}
+	var args []string
+	if scheme == "wss" {
+		certs := newCerts(b)
+		args = []string{certs.cert, certs.key}
+		b.Setenv("SSL_CERT_FILE", certs.ca)
+	}
+	_, m.addr, m.count = benchChild(b, "receivers", args...)
+	pid, addr := benchVW(b, n, scheme+"://"+m.addr)
+	m.relays = []benchRelay{{kind: "vw", pid: pid, addr: addr}}
+	return m
+}
+
+// add adds a relay that is a program of its own.
+func (m *comparison) add(kind string) {
+	r, n := benchRelay{kind: kind}, strconv.Itoa(m.n)
+	if kind == "gorilla" {
+		r.pid, r.addr, _ = benchStart(m.b, kind, exec.Command(build(m.b, kind), "ws://"+m.addr, n))
+	} else {
+		r.pid, r.addr, _ = benchChild(m.b, kind, m.addr, n, m.scheme)
+	}
+	m.relays = append(m.relays, r)
+}
+
+// run feeds all of them the same in turns, for a window each time, and reports
+// the medians of what they cost and of the ratios of vw to the others.
+func (m *comparison) run(frame int, every, window time.Duration) {
+	const rounds = 3
 	total := func() (n int64) {
-		fmt.Sscan(count(), &n)
+		fmt.Sscan(m.count(), &n)
 		return n
 	}
-	rawPID, rawAddr, _ := benchChild(b, "rawrelay", relay)
-	vwPID, vwAddr := benchVW(b, benchReaders, relay)
-	vw, raw := newBenchPost(b, vwAddr, frame, every), newBenchPost(b, rawAddr, frame, every)
+	posts := make([]*benchPost, len(m.relays))
 	// cost is for what is fed in d, from quiet to quiet.
-	cost := func(p *benchPost, pid int, d time.Duration) float64 {
-		cpu, before := cpuTime(b, pid), total()
-		fed := p.feed(b, int(d/every), func(int) {})
+	cost := func(i int, d time.Duration) float64 {
+		cpu, before := cpuTime(m.b, m.relays[i].pid), total()
+		fed := posts[i].feed(m.b, max(1, int(d/every)), func(int) {})
 		time.Sleep(200 * time.Millisecond)
-		cpu, got := cpuTime(b, pid)-cpu, total()-before
-		if want := fed * benchReaders; got < want*999/1000 {
-			b.Logf("delivered %d of %d bytes", got, want)
+		cpu, got := cpuTime(m.b, m.relays[i].pid)-cpu, total()-before
+		if want := fed * int64(m.n); got < want*999/1000 {
+			m.b.Errorf("%s delivered %d of %d bytes", m.relays[i].kind, got, want)
 		}
 		return cpu.Seconds() / float64(got) * 1e9
 	}
-	cost(vw, vwPID, time.Second)
-	cost(raw, rawPID, time.Second)
-	var vws, raws, ratios []float64
-	for b.Loop() {
+	for i, r := range m.relays {
+		posts[i] = newBenchPost(m.b, r.addr, frame, every)
+		cost(i, window/5)
+	}
+	for m.b.Loop() {
 		for range rounds {
-			v, r := cost(vw, vwPID, window), cost(raw, rawPID, window)
-			vws, raws, ratios = append(vws, v), append(raws, r), append(ratios, v/r)
+			for i := range m.relays {
+				m.relays[i].costs = append(m.relays[i].costs, cost(i, window))
+			}
 		}
 	}
-	b.ReportMetric(0, "ns/op")
-	b.ReportMetric(quantile(vws, 0.5), "vw-CPU-s/GB")
-	b.ReportMetric(quantile(raws, 0.5), "raw-CPU-s/GB")
-	b.ReportMetric(quantile(ratios, 0.5), "ratio")
+	m.b.ReportMetric(0, "ns/op")
+	m.b.ReportMetric(quantile(m.relays[0].costs, 0.5), "vw-CPU-s/GB")
+	for _, r := range m.relays[1:] {
+		var ratios []float64
+		for i, c := range r.costs {
+			ratios = append(ratios, m.relays[0].costs[i]/c)
+		}
+		m.b.ReportMetric(quantile(r.costs, 0.5), r.kind+"-CPU-s/GB")
+		m.b.ReportMetric(quantile(ratios, 0.5), "vw/"+r.kind)
+	}
 }
 
 func quantile(v []float64, q float64) float64 {
@@ -363,13 +475,13 @@ func quantile(v []float64, q float64) float64 {
 // BenchmarkLatency: from before the write of the last byte of a frame to vw,
 // until its last byte is read at the relay, at 1 Mbit/s.
 func BenchmarkLatency(b *testing.B) {
-	for _, n := range []int{1, 20} {
+	for _, n := range []int{1, 20, 200} {
 		b.Run(fmt.Sprintf("destinations=%d", n), func(b *testing.B) { benchLatency(b, n) })
 	}
 }
 
 func benchLatency(b *testing.B, destinations int) {
-	const frames, every = 500, 10 * time.Millisecond
+	const frames, every = 250, 40 * time.Millisecond
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		b.Fatal(err)
@@ -380,7 +492,7 @@ func benchLatency(b *testing.B, destinations int) {
 	var readers sync.WaitGroup
 	b.Cleanup(readers.Wait)
 	b.Cleanup(func() { l.Close() })
-	_, addr := benchVW(b, destinations, l.Addr().String())
+	_, addr := benchVW(b, destinations, "ws://"+l.Addr().String())
 	for range destinations {
 		conn, err := l.Accept()
 		if err != nil {
@@ -397,7 +509,7 @@ func benchLatency(b *testing.B, destinations int) {
 	}
 	time.Sleep(100 * time.Millisecond) // the handshakes
 	post := newBenchPost(b, addr, 5_000, every)
-	post.feed(b, 100, func(int) {})
+	post.feed(b, 25, func(int) {})
 	sent := make(map[int]time.Duration)
 	for b.Loop() {
 		post.feed(b, frames, func(frame int) { sent[frame] = time.Since(base) })
@@ -495,4 +607,77 @@ func BenchmarkFramer(b *testing.B) {
 			b.ReportMetric(float64(took)/float64(time.Since(start)), "ratio")
 		})
 	}
+}
+
+// BenchmarkMemory: resident memory per destination, with 1,000 of them that
+// get 1 Mbit/s.
+func BenchmarkMemory(b *testing.B) {
+	const n = 1000
+	for _, scheme := range []string{"ws", "wss"} {
+		b.Run(scheme, func(b *testing.B) {
+			m := newComparison(b, 0, scheme)
+			v := m.relays[0]
+			resident := func() (pages int) {
+				text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", v.pid))
+				if err != nil {
+					b.Fatal(err)
+				}
+				fmt.Sscan(string(text), new(int), &pages)
+				return pages * os.Getpagesize()
+			}
+			post := newBenchPost(b, v.addr, 5_000, 40*time.Millisecond)
+			post.feed(b, 50, func(int) {})
+			before := resident()
+			benchRules(b, v.addr, n, scheme+"://"+m.addr)
+			for b.Loop() {
+				post.feed(b, 500, func(int) {})
+			}
+			b.ReportMetric(0, "ns/op")
+			b.ReportMetric(float64(resident()-before)/n/1024, "KiB/destination")
+		})
+	}
+}
+
+// BenchmarkRules: mutes and unmutes, each by a call over HTTP, of a stream that
+// goes to 16 destinations at 1 Mbit/s.
+func BenchmarkRules(b *testing.B) {
+	m := newComparison(b, 0, "ws")
+	addr := m.relays[0].addr
+	set := func(feeds string) {
+		r, err := http.Post("http://"+addr+"/api/streams", "", strings.NewReader(`{"stream":"stream/x","feeds":[`+feeds+`]}`))
+		if err != nil || r.StatusCode != http.StatusOK {
+			b.Fatal(err, r)
+		}
+		io.Copy(io.Discard, r.Body)
+		r.Body.Close()
+	}
+	set(`"bench"`)
+	for i := range 16 {
+		rule := fmt.Sprintf(`{"id":%d,"stream":"stream/x","destination":"ws://%s/"}`, i, m.addr)
+		r, err := http.Post("http://"+addr+"/api/destinations", "", strings.NewReader(rule))
+		if err != nil || r.StatusCode != http.StatusOK {
+			b.Fatal(err, r)
+		}
+		r.Body.Close()
+	}
+	post := newBenchPost(b, addr, 5_000, 40*time.Millisecond)
+	var feeding sync.WaitGroup
+	stop := make(chan struct{})
+	feeding.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				post.feed(b, 1, func(int) {})
+				time.Sleep(post.clip.every)
+			}
+		}
+	})
+	for i := 0; b.Loop(); i++ {
+		set([]string{``, `"bench"`}[i&1])
+	}
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "changes/s")
+	close(stop)
+	feeding.Wait()
 }

@@ -56,7 +56,7 @@ func (s *server) startControl(rule destinationRule) {
 		panic(err) // a rule is clean
 	}
 	r := s.rules
-	d := &destination{rule: rule, url: u, dial: r.dial, roots: r.roots}
+	d := &destination{rule: rule, url: u, dial: r.dial, proxy: r.proxy, roots: r.roots}
 	d.log = r.log.With("dest", controlID, "url", d.shown())
 	s.control = &control{d, s}
 	r.tasks.Go(func() { s.control.keepUp(s.ctx, s.control.connect) })
@@ -160,6 +160,7 @@ func (s *server) answer(command []byte) []byte {
 // object with the verb as its one key.
 var reports = map[string]func(*server) (any, error){
 	"healthcheck": func(*server) (any, error) { return "ok", nil },
+	"devices":     func(s *server) (any, error) { return listDevices("/", s.port) },
 	"stats":       func(s *server) (any, error) { return s.stats(), nil },
 }
 

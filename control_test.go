@@ -215,7 +215,7 @@ func TestE2EControl(t *testing.T) {
 	go func() {
 		var err error
 		for i := 0; i < n && err == nil; i++ {
-			command := fmt.Sprintf(`{"verb":"add","what":"stream","rule":{"stream":"stream/%d","feeds":[]},"ref":%d}`, i, i)
+			command := fmt.Sprintf(`{"verb":"add","what":"stream","rule":{"stream":"stream/%d","feeds":[]},"ref":%d}`, i%100, i)
 			switch i % 4 {
 			case 1:
 				command = fmt.Sprintf(`{"verb":"list","what":"stream","which":"all","ref":%d}`, i)

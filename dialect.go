@@ -9,7 +9,6 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -28,13 +27,13 @@ const (
 	opText = 0x1 // RFC 6455 5.2
 )
 
-// refusal: the relay does not want the token. It will not change its mind soon.
-type refusal struct{ text string }
+// tokenRefused: the relay does not want the token. It will not change its mind soon.
+type tokenRefused struct{ text string }
 
-func (e refusal) Error() string { return e.text }
+func (e tokenRefused) Error() string { return e.text }
 
 // open connects to the relay, and returns when media may flow. It blocks for
-// 19 s at most, and ends with ctx. An error does not show a secret.
+// 24 s at most, and ends with ctx. An error does not show a secret.
 func (d *destination) open(ctx context.Context) (l *link, ws *websocket.Conn, err error) {
 	secrets := d.rule.secrets()
 	defer func() { err = hide(err, secrets) }()
@@ -49,11 +48,7 @@ func (d *destination) open(ctx context.Context) (l *link, ws *websocket.Conn, er
 			secrets = append(secrets, values...)
 		}
 	}
-	host := u.Host
-	if u.Port() == "" {
-		host = net.JoinHostPort(u.Hostname(), map[string]string{"ws": "80", "wss": "443"}[u.Scheme])
-	}
-	conn, err := d.dialSoon(ctx, "tcp", host)
+	conn, err := d.reach(ctx, u)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -81,8 +76,8 @@ func (d *destination) access(ctx context.Context, header http.Header) (*url.URL,
 	defer cancel()
 	client := http.Client{
 		Transport: &http.Transport{
-			DialContext:            d.dialSoon,
-			TLSClientConfig:        &tls.Config{RootCAs: d.roots, MinVersion: tls.VersionTLS12},
+			DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return d.reach(ctx, d.url) },
+			TLSClientConfig:        tlsConfig(d.url.Hostname(), d.roots),
 			DisableKeepAlives:      true,
 			MaxResponseHeaderBytes: maxHandshake,
 		},
@@ -106,7 +101,7 @@ func (d *destination) access(ctx context.Context, header http.Header) (*url.URL,
 	}
 	switch {
 	case ctx.Err() == context.DeadlineExceeded:
-		return nil, fmt.Errorf("access: no answer within %v", dialTimeout+handshakeTimeout)
+		return nil, fmt.Errorf("access: %w within %v", errNoAnswer, dialTimeout+handshakeTimeout)
 	case errors.As(err, new(unreachable)):
 		return nil, err
 	case err != nil:
@@ -127,7 +122,7 @@ func (d *destination) access(ctx context.Context, header http.Header) (*url.URL,
 	} else {
 		json.Unmarshal(b, &said) // some come as a string; else said is as it was
 	}
-	return nil, refusal{fmt.Sprintf("access: the relay answered %.80q: %.200q", a.Status, said)}
+	return nil, tokenRefused{fmt.Sprintf("access: the relay answered %.80q: %.200q", a.Status, said)}
 }
 
 // allowed reads the answer of an access point: {"uri":"wss://…?code=…"}. A
@@ -167,7 +162,7 @@ func (l *link) present(ctx context.Context, ws *websocket.Conn, token string) er
 			return false, errors.New(`token: the relay's first text message is not {"authorised":…}`)
 		}
 		if !*answer.Authorised {
-			return false, refusal{fmt.Sprintf("the relay refuses the token: %.200q", answer.Reason)}
+			return false, tokenRefused{fmt.Sprintf("the relay refuses the token: %.200q", answer.Reason)}
 		}
 		return true, nil
 	})
@@ -204,14 +199,14 @@ func (l *link) exchange(ctx context.Context, ws *websocket.Conn, what string, fr
 	case err == nil:
 		l.SetDeadline(time.Time{})
 		return nil
-	case errors.As(err, new(refusal)):
+	case errors.As(err, new(tokenRefused)):
 		return err
 	case ctx.Err() == context.DeadlineExceeded:
-		return fmt.Errorf("%s: no answer within %v", what, handshakeTimeout)
+		return fmt.Errorf("%s: %w within %v", what, errNoAnswer, handshakeTimeout)
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
 	case err == io.EOF, err == io.ErrUnexpectedEOF:
-		return fmt.Errorf("%s: closed without an answer", what)
+		return fmt.Errorf("%s: %w", what, errUnanswered)
 	}
 	return fmt.Errorf("%s: %w", what, plain(err))
 }

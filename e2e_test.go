@@ -1,5 +1,5 @@
 // End to end: the vw that is shipped, between real ffmpegs and a relay that is
-// not ours (testdata/relay), directly and through nginx and haproxy.
+// not ours (testdata/relay), directly and through nginx, haproxy and caddy.
 //
 // What a relay got is judged by a reader of transport streams that shares no
 // code with the product. Nothing is skipped: a tool that is missing fails.
@@ -76,6 +76,7 @@ func TestE2EFeedIsUntouched(t *testing.T) {
 		{"wss", true, nil},
 		{"nginx", false, startNginx},
 		{"haproxy", false, startHAProxy},
+		{"caddy", false, startCaddy},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -254,64 +255,75 @@ func TestE2ERelayReturns(t *testing.T) {
 	certs := newCerts(t)
 	for _, tt := range []struct {
 		name   string
-		nginx  bool
-		absent string // what vw says while the relay is gone
+		via    func(t *testing.T, c certificates, relay string) string // returns its address; nil: nothing
+		absent string                                                  // what vw says while the relay is gone
 	}{
-		{"direct", false, `connection refused`},
-		{"behind nginx", true, `502 Bad Gateway`},
+		{"direct", nil, `connection refused`},
+		{"behind nginx", startNginx, `502 Bad Gateway`},
+		{"behind haproxy", startHAProxy, `503 Service Unavailable`},
+		{"behind caddy", startCaddy, `502 Bad Gateway`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := startRelay(t, "127.0.0.1:0")
 			url := "ws://" + r.addr
-			if tt.nginx {
-				url = "wss://" + startNginx(t, certs, r.addr)
+			if tt.via != nil {
+				url = "wss://" + tt.via(t, certs, r.addr)
 			}
 			v := startVW(t, "SSL_CERT_FILE="+certs.ca)
-			v.send(t, "0", "video0", url)
-			tap := startTap(t, v.addr)
-			ffmpeg := startFFmpeg(t, realTime, videoInput, videoCodec, []string{"http://" + tap.addr + "/ts/video0"})
-			flows := func(r *relayProcess) (first recorded) {
-				eventually(t, startupTime, func() error {
-					all := r.messages(t, 1)
-					if len(all) == 0 {
-						return errors.New("no video arrives")
-					}
-					first = all[0]
-					return nil
-				})
-				return first
-			}
-			flows(r)
-			for round := range 2 {
-				mark := v.out.len()
-				r.kill(t)
-				v.expect(t, mark, startupTime, tt.absent)
-				r = startRelay(t, r.addr)
-				back := time.Now()
-				if took := flows(r).at.Sub(back); took > time.Second {
-					t.Errorf("round %d: video came %v after the relay, want at most 1s", round, took)
-				} else {
-					t.Logf("round %d: video came %v after the relay", round, took)
-				}
-			}
-			if ffmpeg.ended() {
-				t.Errorf("ffmpeg ended: %v\n%s", ffmpeg.err, ffmpeg.out.String())
-			}
-			ffmpeg.stop(t)
-			if got := ffmpeg.out.String(); got != "" {
-				t.Errorf("ffmpeg said %q, want nothing", got)
-			}
-			posted := tap.posted(t)
-			eventually(t, settleTime, func() error {
-				d, err := checkDelivery(posted, r.messages(t, 1), true)
-				if err == nil && !d.units[0].key {
-					err = errors.New("the first frame after the return is no keyframe")
-				}
-				return err
-			})
-			decodesCleanly(t, r.record(1))
+			checkReturns(t, v, r, url, tt.absent)
 		})
 	}
+}
+
+// checkReturns posts video for the destination, kills the relay twice and
+// starts it again with args: each time there must be video again within a
+// second, from a keyframe, and ffmpeg must notice nothing. absent is what vw
+// says while the relay is away.
+func checkReturns(t *testing.T, v *vwProcess, r *relayProcess, url, absent string, args ...string) {
+	t.Helper()
+	v.send(t, "0", "video0", url)
+	tap := startTap(t, v.addr)
+	ffmpeg := startFFmpeg(t, realTime, videoInput, videoCodec, []string{"http://" + tap.addr + "/ts/video0"})
+	flows := func(r *relayProcess) (first recorded) {
+		eventually(t, startupTime, func() error {
+			all := r.messages(t, 1)
+			if len(all) == 0 {
+				return errors.New("no video arrives")
+			}
+			first = all[0]
+			return nil
+		})
+		return first
+	}
+	flows(r)
+	for round := range 2 {
+		mark := v.out.len()
+		r.kill(t)
+		v.expect(t, mark, startupTime, absent)
+		r = startRelay(t, r.addr, args...)
+		back := time.Now()
+		if took := flows(r).at.Sub(back); took > time.Second {
+			t.Errorf("round %d: video came %v after the relay, want at most 1s", round, took)
+		} else {
+			t.Logf("round %d: video came %v after the relay", round, took)
+		}
+	}
+	if ffmpeg.ended() {
+		t.Errorf("ffmpeg ended: %v\n%s", ffmpeg.err, ffmpeg.out.String())
+	}
+	ffmpeg.stop(t)
+	if got := ffmpeg.out.String(); got != "" {
+		t.Errorf("ffmpeg said %q, want nothing", got)
+	}
+	posted := tap.posted(t)
+	eventually(t, settleTime, func() error {
+		d, err := checkDelivery(posted, r.messages(t, 1), true)
+		if err == nil && !d.units[0].key {
+			err = errors.New("the first frame after the return is no keyframe")
+		}
+		return err
+	})
+	decodesCleanly(t, r.record(1))
 }
 
 // TestE2EBurst: far more than any camera sends arrives complete at relays that
@@ -873,6 +885,7 @@ var buildDir = sync.OnceValues(func() (string, error) {
 var builds = map[string]func() (string, error){
 	"tokenrelay":    sync.OnceValues(func() (string, error) { return goBuild("tokenrelay", "testdata/tokenrelay") }),
 	"relay":         sync.OnceValues(func() (string, error) { return goBuild("relay", "testdata/relay") }),
+	"gorilla":       sync.OnceValues(func() (string, error) { return goBuild("gorilla", "testdata/gorilla") }),
 	"linux/amd64":   sync.OnceValues(func() (string, error) { return goBuild("linux/amd64", ".") }),
 	"linux/arm64":   sync.OnceValues(func() (string, error) { return goBuild("linux/arm64", ".") }),
 	"darwin/arm64":  sync.OnceValues(func() (string, error) { return goBuild("darwin/arm64", ".") }),
@@ -1213,7 +1226,7 @@ func startRelay(t *testing.T, addr string, args ...string) *relayProcess {
 		"-listen", addr, "-record", filepath.Join(dir, "%d.ts"), "-index", filepath.Join(dir, "index"),
 	}, args)...)
 	r := &relayProcess{process: start(t, "relay", c), dir: dir}
-	r.addr = r.expect(t, 0, startupTime, `^(127\.0\.0\.1:\d+)\n`)[1]
+	r.addr = r.expect(t, 0, startupTime, `^([\d.]+:\d+)\n`)[1]
 	return r
 }
 
@@ -1284,11 +1297,11 @@ func (r *relayProcess) total(t *testing.T) (n int) {
 
 // ---- What stands between
 
-// certificates are files: a CA of our own, a certificate of it for 127.0.0.1,
-// its key, and both together as haproxy wants them.
+// certificates are files: a CA of our own, a certificate of it for 127.0.0.1
+// and more, its key, and both together as haproxy wants them.
 type certificates struct{ ca, cert, key, both string }
 
-func newCerts(t *testing.T) certificates {
+func newCerts(t testing.TB, more ...net.IP) certificates {
 	t.Helper()
 	dir := t.TempDir()
 	now := time.Now()
@@ -1300,7 +1313,7 @@ func newCerts(t *testing.T) certificates {
 	leaf := &x509.Certificate{
 		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "relay"},
 		NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour),
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		IPAddresses: append(more, net.IPv4(127, 0, 0, 1)),
 		KeyUsage:    x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}
 	check := func(b []byte, err error) []byte {
@@ -1362,6 +1375,22 @@ func listenLoopback(t *testing.T) net.Listener {
 // startNginx puts nginx with TLS in front of a relay and returns its address.
 func startNginx(t *testing.T, c certificates, relay string) string {
 	t.Helper()
+	return startNginxWith(t, "ssl", fmt.Sprintf(`
+		ssl_certificate %s;
+		ssl_certificate_key %s;
+		location / {
+			proxy_pass http://%s;
+			proxy_http_version 1.1;
+			proxy_set_header Host $http_host;
+			proxy_set_header Upgrade $http_upgrade;
+			proxy_set_header Connection "upgrade";
+		}`, c.cert, c.key, relay))
+}
+
+// startNginxWith starts an nginx that listens with those options and has that
+// server; it returns its address.
+func startNginxWith(t *testing.T, options, server string) string {
+	t.Helper()
 	dir := t.TempDir()
 	l := listenLoopback(t)
 	conf := filepath.Join(dir, "nginx.conf")
@@ -1377,19 +1406,11 @@ http {
 	client_body_temp_path %[1]s/body; proxy_temp_path %[1]s/proxy; fastcgi_temp_path %[1]s/fastcgi;
 	uwsgi_temp_path %[1]s/uwsgi; scgi_temp_path %[1]s/scgi;
 	server {
-		listen %[2]s ssl;
-		ssl_certificate %[3]s;
-		ssl_certificate_key %[4]s;
-		location / {
-			proxy_pass http://%[5]s;
-			proxy_http_version 1.1;
-			proxy_set_header Host $http_host;
-			proxy_set_header Upgrade $http_upgrade;
-			proxy_set_header Connection "upgrade";
-		}
+		listen %[2]s %[3]s;
+		%[4]s
 	}
 }
-`, dir, l.Addr(), c.cert, c.key, relay), 0o600); err != nil {
+`, dir, l.Addr(), options, server), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(tool(t, "nginx"), "-p", dir, "-c", conf, "-e", "stderr")
@@ -1421,6 +1442,52 @@ backend relay
 	}
 	cmd := exec.Command(tool(t, "haproxy"), "-db", "-f", conf)
 	return startWith(t, l, "haproxy", cmd)
+}
+
+// holdPort returns a port of 127.0.0.1 that nobody listens on until the test
+// ends, but who shares it.
+func holdPort(t *testing.T) int {
+	t.Helper()
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Close(fd) })
+	const reusePort = 15 // asm-generic/socket.h
+	addr := &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}
+	if err := errors.Join(syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, reusePort, 1), syscall.Bind(fd, addr)); err != nil {
+		t.Fatal(err)
+	}
+	name, err := syscall.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return name.(*syscall.SockaddrInet4).Port
+}
+
+// startCaddy puts caddy with TLS in front of a relay and returns its address.
+// It takes no open port.
+func startCaddy(t *testing.T, c certificates, relay string) string {
+	t.Helper()
+	dir, port := t.TempDir(), holdPort(t)
+	conf := filepath.Join(dir, "Caddyfile")
+	if err := os.WriteFile(conf, fmt.Appendf(nil, `
+{
+	admin off
+	auto_https off
+}
+https://127.0.0.1:%d {
+	bind 127.0.0.1
+	tls %s %s
+	reverse_proxy %s
+}
+`, port, c.cert, c.key, relay), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(tool(t, "caddy"), "run", "--config", conf, "--adapter", "caddyfile")
+	cmd.Env = []string{"HOME=" + dir}
+	start(t, "caddy", cmd).expect(t, 0, startupTime, `serving initial configuration`)
+	return fmt.Sprintf("127.0.0.1:%d", port)
 }
 
 // tap stands between ffmpeg and vw and keeps a copy of what ffmpeg says. It

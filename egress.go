@@ -22,6 +22,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"os"
 	"strconv"
@@ -57,6 +58,12 @@ var (
 	errRemoved    = errors.New("rule removed")
 	errTakenOver  = errors.New("taken over by the new URL")
 	errPeerClosed = errors.New("closed by the other side")
+)
+
+// Why a handshake fails, other than by an answer.
+var (
+	errNoAnswer   = errors.New("no answer")
+	errUnanswered = errors.New("closed without an answer")
 )
 
 // past is a deadline that interrupts at once.
@@ -97,10 +104,15 @@ type link struct {
 
 func newLink(conn net.Conn, log *slog.Logger) *link {
 	tcp, _ := conn.(*net.TCPConn)
-	return &link{
+	l := &link{
 		Conn: conn, tcp: tcp, log: log, batch: maxBatch, resumes: true, pings: pingEvery,
 		control: make(chan []byte, 16),
 	}
+	if secure, ok := conn.(*tls.Conn); ok { // to a proxy
+		l.tcp, _ = secure.NetConn().(*net.TCPConn)
+		l.cannotResume()
+	}
+	return l
 }
 
 // cannotResume: the connection is lost when a deadline ends a write.
@@ -128,6 +140,9 @@ func (l *link) Read(p []byte) (int, error) {
 		l.hear(p[:n])
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			err = fmt.Errorf("nothing read for %v", l.silence)
+		}
+		if l.masks && n == len(p) {
+			time.Sleep(time.Millisecond) // a relay that says so much is not worth a processor
 		}
 		return n, plain(err)
 	}
@@ -194,13 +209,14 @@ func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool, heade
 	origin := url.URL{Scheme: "http", Host: u.Host}
 	if u.Scheme == "wss" {
 		origin.Scheme = "https"
-		conn := tls.Client(l.Conn, &tls.Config{
-			ServerName: u.Hostname(), RootCAs: roots, MinVersion: tls.VersionTLS12,
-			NextProtos: []string{"http/1.1"}, DynamicRecordSizingDisabled: true,
-		})
+		conn := tls.Client(l.Conn, tlsConfig(u.Hostname(), roots))
 		l.cannotResume()
 		l.Conn = conn
-		if err := conn.HandshakeContext(ctx); err != nil {
+		err := conn.HandshakeContext(ctx)
+		if trace := httptrace.ContextClientTrace(ctx); trace != nil && trace.TLSHandshakeDone != nil {
+			trace.TLSHandshakeDone(conn.ConnectionState(), err)
+		}
+		if err != nil {
 			return nil, fmt.Errorf("TLS handshake: %w", plain(err))
 		}
 	}
@@ -218,16 +234,24 @@ func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool, heade
 	release()
 	switch {
 	case ctx.Err() == context.DeadlineExceeded:
-		return nil, fmt.Errorf("websocket handshake: no answer within %v", handshakeTimeout)
+		return nil, fmt.Errorf("websocket handshake: %w within %v", errNoAnswer, handshakeTimeout)
 	case err == websocket.ErrBadStatus:
 		return nil, l.status()
 	case err == io.EOF, err == io.ErrUnexpectedEOF:
-		return nil, errors.New("websocket handshake: closed without an answer")
+		return nil, fmt.Errorf("websocket handshake: %w", errUnanswered)
 	case err != nil: // it may quote the answer
 		return nil, fmt.Errorf("websocket handshake: %.200s", plain(err).Error())
 	}
 	l.SetDeadline(time.Time{})
 	return ws, nil
+}
+
+// tlsConfig is that of a client of host; nil roots are the system's.
+func tlsConfig(host string, roots *x509.CertPool) *tls.Config {
+	return &tls.Config{
+		ServerName: host, RootCAs: roots, MinVersion: tls.VersionTLS12,
+		NextProtos: []string{"http/1.1"}, DynamicRecordSizingDisabled: true,
+	}
 }
 
 // onDone calls f when ctx is done. The function it returns undoes that, or
@@ -497,6 +521,7 @@ type destination struct {
 	url    *url.URL
 	mux    *mux
 	dial   func(ctx context.Context, network, address string) (net.Conn, error)
+	proxy  func(*http.Request) (*url.URL, error)
 	roots  *x509.CertPool
 	maxLag time.Duration
 	log    *slog.Logger
@@ -613,7 +638,11 @@ func failure(err error) string {
 // connect is one connection: open, then send. healthy tells whether it
 // was open for 5 s; the error, never nil, why it ended.
 func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err error) {
-	l, ws, err := d.open(ctx)
+	var l *link
+	var ws *websocket.Conn
+	var opening sync.WaitGroup
+	opening.Go(func() { l, ws, err = d.open(ctx) }) // the stack that it grows ends with it
+	opening.Wait()
 	if err != nil {
 		return false, err
 	}
@@ -641,17 +670,6 @@ func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err
 	d.past.add(s.end())
 	d.mu.Unlock()
 	return time.Since(opened) >= healthyAfter, lost{err}
-}
-
-// dialSoon dials within 2 s.
-func (d *destination) dialSoon(ctx context.Context, network, address string) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
-	defer cancel()
-	conn, err := d.dial(ctx, network, address)
-	if err != nil {
-		return nil, unreachable{err}
-	}
-	return conn, nil
 }
 
 // unreachable is an error of a dial.
@@ -689,9 +707,9 @@ func (b *backoff) next(err error, healthy bool) time.Duration {
 func refused(err error) bool {
 	var status statusError
 	if errors.As(err, &status) {
-		return status.code == 401 || status.code == 403 || status.code == 404
+		return status.code == 401 || status.code == 403 || status.code == 404 || status.code == 407
 	}
-	return errors.As(err, new(*tls.CertificateVerificationError)) || errors.As(err, new(refusal))
+	return errors.As(err, new(*tls.CertificateVerificationError)) || errors.As(err, new(tokenRefused))
 }
 
 // shown is the URL of d without what may be secret.

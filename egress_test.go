@@ -86,7 +86,7 @@ func serveRelay(conn net.Conn, message func([]byte)) (code int, err error) {
 		}
 		switch opcode {
 		case opPing:
-			conn.Write([]byte{0x8a, 0})
+			conn.Write(append([]byte{0x8a, byte(len(payload))}, payload...))
 		case opClose:
 			conn.Write([]byte{0x88, 0})
 			return int(binary.BigEndian.Uint16(payload)), nil

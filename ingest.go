@@ -414,6 +414,7 @@ type publisher struct {
 	remote, agent string // who it is, as it says
 	since         time.Time
 	interrupt     func() // makes the read in progress fail, and every later one
+	begun         func() // called when it has its feed; nil: nobody asks
 	replaced      atomic.Bool
 }
 
@@ -424,16 +425,22 @@ func (p *publisher) replace() {
 }
 
 // publish reads r until it ends, and publishes what it carries as the feed of
-// that name from its first whole frame on. nil means the proper end; else errNotTS, errReplaced or what the
-// reader said.
+// that name from its first whole frame on. nil means the proper end; else errNotTS, errReplaced, errFull or
+// what the reader said.
 func (x *mux) publish(name string, p *publisher, r io.Reader) error {
 	var f *feed
+	full := false
 	fr := newFramer(func(m *message) {
-		if f == nil { // it has shown that it is MPEG-TS: now it may take over
+		if f == nil && !full { // it has shown that it is MPEG-TS: now it may take over
 			f = x.attach(name, p)
 			m.first = true
+			if full = f == nil; !full && p.begun != nil {
+				p.begun()
+			}
 		}
-		f.publish(p, m)
+		if !full {
+			f.publish(p, m)
+		}
 	})
 	defer func() {
 		if f != nil {
@@ -448,6 +455,8 @@ func (x *mux) publish(name string, p *publisher, r io.Reader) error {
 		switch {
 		case p.replaced.Load():
 			return errReplaced
+		case full:
+			return fmt.Errorf("feed %q: %d feeds are published: %w", name, maxPublishers, errFull)
 		case err == io.EOF:
 			return nil
 		case err == errNotTS:

@@ -28,6 +28,8 @@ import (
 const usage = `vw sends video over websockets, for remote laboratories.
 
 	vw stream     run: take feeds on /ts, rules on /api, send to relays
+	vw check URL  from here to that relay: what works, and what is wrong
+	vw devices    list cameras and microphones, each with its ffmpeg line; as JSON with -json
 	vw version    print the version
 	vw help       print this
 
@@ -43,6 +45,9 @@ func main() {
 func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int {
 	switch {
 	case len(args) == 1 && args[0] == "stream":
+	case len(args) == 2 && args[0] == "check":
+		return check(ctx, args[1], stdout, stderr)
+	case len(args) == 1 && args[0] == "devices", slices.Equal(args, []string{"devices", "-json"}):
 	case len(args) == 1 && args[0] == "version":
 		fmt.Fprintln(stdout, "vw", version())
 		return 0
@@ -50,7 +55,7 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 		fmt.Fprint(stdout, usage, settingsHelp())
 		return 0
 	default:
-		fmt.Fprintf(stderr, "vw: %q: the command must be stream, version or help\n", strings.Join(args, " "))
+		fmt.Fprintf(stderr, "vw: %q: the command must be stream, check URL, devices (or devices -json), version or help\n", strings.Join(args, " "))
 		return 2
 	}
 	set, warnings, err := readSettings(env)
@@ -58,7 +63,10 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 		fmt.Fprintln(stderr, "vw:", err)
 		return 2
 	}
-	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: set.logLevel}))
+	if args[0] == "devices" {
+		return printDevices(len(args) == 2, set.port, stdout, stderr)
+	}
+	log := slog.New(newHandler(env, stderr, set.logLevel))
 	for _, w := range warnings {
 		log.Warn(w)
 	}
@@ -73,7 +81,7 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	defer context.AfterFunc(ctx, stop)() // a second signal ends the program at once
-	err = serve(ctx, set, log)
+	err = serve(ctx, set, newNotifier(env, log), log)
 	switch bad := (settingError{}); {
 	case errors.As(err, &bad):
 		fmt.Fprintln(stderr, "vw:", err)
@@ -127,7 +135,7 @@ var errShutdown = errors.New("vw is shutting down")
 
 // serve runs vw until ctx is done; then it ends within 5 s, whatever relays,
 // publishers and callers do.
-func serve(ctx context.Context, set settings, log *slog.Logger) error {
+func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logger) error {
 	listeners, err := listen(set.host, set.port)
 	if unknown := (&net.DNSError{}); errors.As(err, &unknown) {
 		return settingError{"VW_HOST", set.host, err}
@@ -138,6 +146,7 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 	work, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
 	r := newRules(work, newMux(), set.maxLag, log)
+	r.proxy = http.ProxyFromEnvironment
 	if set.state != "" {
 		if err := r.keep(set.state); err != nil {
 			for _, l := range listeners {
@@ -147,6 +156,8 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 		}
 	}
 	s := newServer(work, r, set.token, log)
+	s.player, _ = newPlayer(set.player)
+	s.port = listeners[0].Addr().(*net.TCPAddr).Port
 	if set.api != "" {
 		s.startControl(set.control())
 	}
@@ -154,14 +165,16 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 		Handler:           s,
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    32 << 10,
+		MaxHeaderBytes:    maxHeaders,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			if conn, err := c.(*net.TCPConn).SyscallConn(); err == nil {
 				limitUnsent("", "", conn)
 			}
-			return ctx
+			return withConn(ctx, c)
 		},
+		ConnState:                    s.door.track,
+		DisableGeneralOptionsHandler: true,
 	}
 	for _, l := range listeners {
 		log.Info("listening", "addr", l.Addr().String())
@@ -169,15 +182,21 @@ func serve(ctx context.Context, set settings, log *slog.Logger) error {
 			log.Warn("other machines are refused: VW_TOKEN is not set")
 		}
 		g.Go(func() error {
-			if err := h.Serve(l); err != http.ErrServerClosed {
+			if err := h.Serve(doorListener{l, &s.door}); err != http.ErrServerClosed {
 				return err
 			}
 			return nil
 		})
 	}
+	manager.tell("READY=1")
+	g.Go(func() error {
+		manager.watch(ctx, r.mux.pass)
+		return nil
+	})
 	g.Go(func() error {
 		<-ctx.Done()
 		end(errShutdown)
+		manager.tell("STOPPING=1")
 		soon, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 		defer cancel()
 		if err := h.Shutdown(soon); err != nil {
@@ -232,6 +251,7 @@ type settings struct {
 	apiToken   string
 	state      string // file; "": none
 	maxLag     time.Duration
+	player     string // "": the default
 	cpuProfile string
 }
 
@@ -280,6 +300,11 @@ var variables = []variable{
 		d, err := time.ParseDuration(v)
 		s.maxLag = d
 		return "a duration from 10ms to 1m, such as 500ms", err == nil && 10*time.Millisecond <= d && d <= time.Minute
+	}},
+	{"VW_PLAYER", "", "JSMpeg from a CDN", "the page's player: a file beside vw, or a URL", func(s *settings, v string) (string, bool) {
+		s.player = v
+		_, ok := newPlayer(v)
+		return "a file, or a URL of http or https", ok
 	}},
 	{"VW_CPUPROFILE", "", "none", "file for a CPU profile of 30 s", func(s *settings, v string) (string, bool) {
 		s.cpuProfile = v

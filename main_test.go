@@ -188,6 +188,8 @@ func TestRun(t *testing.T) {
 		{"version", []string{"version"}, nil, 0, "vw ", ""},
 		{"nothing", nil, nil, 2, "", `"": the command must be`},
 		{"unknown", []string{"strem"}, nil, 2, "", `"strem": the command must be`},
+		{"check nothing", []string{"check"}, nil, 2, "", `"check": the command must be`},
+		{"check no URL", []string{"check", "relay"}, nil, 2, "", `destination "relay": the scheme is "", it must be ws or wss`},
 		{"port", []string{"stream"}, []string{"VW_PORT=99999"}, 2, "", `VW_PORT="99999": it must be a port`},
 		{"host", []string{"stream"}, []string{"VW_HOST=a b"}, 2, "", `VW_HOST="a b": it must be an address`},
 		{"level", []string{"stream"}, []string{"VW_LOG_LEVEL=loud"}, 2, "", `VW_LOG_LEVEL="loud": it must be one of`},
@@ -195,7 +197,7 @@ func TestRun(t *testing.T) {
 		{"unknown host", []string{"stream"}, []string{"VW_PORT=0", "VW_HOST=nowhere.invalid"}, 2, "", `VW_HOST="nowhere.invalid": `},
 		{"state", []string{"stream"}, []string{"VW_PORT=0", "VW_STATE=" + damaged}, 2, "", "line 2: it is missing"},
 		{"no folder", []string{"stream"}, []string{"VW_PORT=0", "VW_STATE=/no/such/folder/f"}, 2, "", `VW_STATE="/no/such/folder/f": open `},
-		{"api", []string{"stream"}, []string{"VW_API=ftp://me:pass@relay/"}, 2, "", `VW_API, VW_API_TOKEN: destination "ftp://***@relay/": the scheme is "ftp"`},
+		{"api", []string{"stream"}, []string{"VW_API=ftp://me:pass@relay/"}, 2, "", `VW_API, VW_API_TOKEN: destination "…": the scheme is "ftp"`},
 		{"api without token", []string{"stream"}, []string{"VW_API=https://relay/"}, 2, "", `VW_API, VW_API_TOKEN: destination "https://relay/": the scheme is "https", which needs a "token"`},
 		{"api token", []string{"stream"}, []string{"VW_API=ws://relay/", "VW_API_TOKEN=a b"}, 2, "", "VW_API, VW_API_TOKEN: token: it must be"},
 		{"profile", []string{"stream"}, []string{"VW_CPUPROFILE=/no/such/folder/f"}, 2, "", "VW_CPUPROFILE"},
@@ -243,12 +245,17 @@ func FuzzReadSettings(f *testing.F) {
 	f.Add("VW_MAXLAG=-1h")
 	f.Add("VW_\x00=\xff")
 	f.Fuzz(func(t *testing.T, e string) {
-		s, _, err := readSettings([]string{e})
+		s, warnings, err := readSettings([]string{e})
 		if err == nil && (s.port < 0 || s.port > 65535 || s.maxLag < 10*time.Millisecond || s.maxLag > time.Minute) {
 			t.Errorf("%q: got %+v", e, s)
 		}
 		if err != nil && strings.Contains(err.Error(), "\n") {
 			t.Errorf("%q: got an error of several lines: %q", e, err)
+		}
+		for _, w := range warnings {
+			if strings.ContainsFunc(w, func(r rune) bool { return r < ' ' || r > '~' }) {
+				t.Errorf("%q: got the warning %q", e, w)
+			}
 		}
 	})
 }

@@ -689,14 +689,35 @@ func (st *stream) join(s *subscriber) {
 type mux struct {
 	epoch time.Time // when vw's clock was 0
 
-	mu      sync.Mutex
-	feeds   map[string]*feed
-	streams map[string]*stream
+	mu        sync.Mutex
+	feeds     map[string]*feed
+	streams   map[string]*stream
+	published int // feeds that have a publisher
 }
 
 func newMux() *mux {
 	// A DTS may be before the arrival of its frame: the clock starts at 10 s.
 	return &mux{epoch: time.Now().Add(-10 * time.Second), feeds: make(map[string]*feed), streams: make(map[string]*stream)}
+}
+
+// pass takes each lock on the way of video once, so it does not return while
+// one of them is stuck.
+func (x *mux) pass() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	through := func(mu *sync.Mutex, subs *[]*subscriber) {
+		mu.Lock()
+		defer mu.Unlock()
+		for _, s := range *subs {
+			s.drained()
+		}
+	}
+	for _, f := range x.feeds {
+		through(&f.mu, &f.subs)
+	}
+	for _, st := range x.streams {
+		through(&st.mu, &st.subs)
+	}
 }
 
 // isStream tells whether a valid name is a stream's; else it is a feed's.
@@ -732,14 +753,20 @@ func (x *mux) tidy(f *feed) {
 }
 
 // attach makes pub the publisher of a feed. The one before it is told to end.
+// nil: as many other feeds are published as may be.
 func (x *mux) attach(name string, pub *publisher) *feed {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	if f := x.feeds[name]; x.published == maxPublishers && (f == nil || f.pub == nil) {
+		return nil
+	}
 	f := x.feed(name)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.pub != nil {
 		f.pub.replace()
+	} else {
+		x.published++
 	}
 	f.pub, pub.since = pub, time.Now()
 	f.held, f.heldBytes = nil, 0
@@ -759,6 +786,7 @@ func (x *mux) detach(f *feed, pub *publisher) {
 			f.release(at, now, offset, jumped)
 		}
 		f.pub, f.figures.left = nil, time.Now()
+		x.published--
 	}
 	f.mu.Unlock()
 	x.tidy(f)

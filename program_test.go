@@ -989,7 +989,7 @@ type browser struct {
 	console []string // what is more than information
 }
 
-func startBrowser(t *testing.T) *browser {
+func startBrowser(t *testing.T, args ...string) *browser {
 	t.Helper()
 	dir := t.TempDir()
 	theirs, to, err := os.Pipe()
@@ -1000,9 +1000,9 @@ func startBrowser(t *testing.T) *browser {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(tool(t, "chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+	cmd := exec.Command(tool(t, "chromium"), append(args, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--user-data-dir="+dir,
-		"--autoplay-policy=no-user-gesture-required", "--window-size=800,600", "--remote-debugging-pipe", "about:blank")
+		"--autoplay-policy=no-user-gesture-required", "--window-size=800,600", "--remote-debugging-pipe", "about:blank")...)
 	cmd.ExtraFiles = []*os.File{theirs, theirs2} // 3 and 4
 	b := &browser{process: start(t, "chromium", cmd), to: to, from: bufio.NewReader(from), pipe: from}
 	theirs.Close()

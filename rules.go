@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"net/http"
 	"net/url"
 	"slices"
 	"strings"
@@ -45,7 +46,7 @@ func (i *id) UnmarshalJSON(b []byte) error {
 	}
 	var n json.Number
 	if err := json.Unmarshal(b, &n); err != nil || n == "" {
-		return fmt.Errorf("id %.100s: it must be a string or a number", b)
+		return fmt.Errorf("id %.100q: it must be a string or a number", b)
 	}
 	*i = id(n)
 	return nil
@@ -63,8 +64,13 @@ func (e invalidError) Error() string { return e.text }
 func invalid(format string, args ...any) error { return invalidError{fmt.Sprintf(format, args...)} }
 
 const (
-	maxName  = 256 // bytes
-	maxFeeds = 64  // in a stream
+	maxName  = 256  // bytes
+	maxFeeds = 64   // in a stream
+	maxURL   = 4096 // bytes
+
+	maxStreams      = 256
+	maxDestinations = 1024
+	maxOld          = 4 // connections that a destination takes over from
 )
 
 var reserved = []string{"all", "deleteAll", "apiRule"}
@@ -158,19 +164,32 @@ func (r destinationRule) clean() (destinationRule, *url.URL, error) {
 // cleanURL checks the URL of a relay.
 func cleanURL(raw string) (*url.URL, error) {
 	u, err := url.Parse(raw)
+	shown := withoutSecrets(raw)
 	switch {
+	case len(raw) > maxURL:
+		return nil, invalid("destination %.100q: the URL has %d bytes, at most %d are allowed", shown, len(raw), maxURL)
 	case err != nil || strings.ContainsFunc(raw, func(c rune) bool { return c <= ' ' || c >= 0x7f }):
-		return nil, invalid("destination %.100q: not a URL", blame(raw))
+		return nil, invalid("destination %.100q: not a URL", shown)
 	case u.Scheme != "ws" && u.Scheme != "wss" && u.Scheme != "http" && u.Scheme != "https":
-		return nil, invalid("destination %.100q: the scheme is %q, it must be ws or wss, or with a token http or https", blame(raw), u.Scheme)
+		return nil, invalid("destination %.100q: the scheme is %q, it must be ws or wss, or with a token http or https", shown, u.Scheme)
 	case u.Hostname() == "":
-		return nil, invalid("destination %.100q: the host is missing", blame(raw))
+		return nil, invalid("destination %.100q: the host is missing", shown)
 	case u.Fragment != "" || strings.Contains(raw, "#"): // RFC 6455 3
-		return nil, invalid("destination %.100q: a websocket URL has no fragment (#)", blame(raw))
+		return nil, invalid("destination %.100q: a websocket URL has no fragment (#)", shown)
 	case !validPort(u.Port()):
-		return nil, invalid("destination %.100q: the port is %s, it must be 1 to 65535", blame(raw), u.Port())
+		return nil, invalid("destination %.100q: the port is %s, it must be 1 to 65535", shown, u.Port())
 	}
 	return u, nil
+}
+
+// withoutSecrets is what an error may say of a URL, which need not be one: no
+// query, and nothing where there may be userinfo.
+func withoutSecrets(s string) string {
+	if strings.Contains(s, "@") {
+		return "…"
+	}
+	s, _, _ = strings.Cut(s, "?")
+	return s
 }
 
 func validPort(s string) bool {
@@ -186,7 +205,8 @@ type rules struct {
 	ctx    context.Context // ends every destination
 	mux    *mux
 	dial   func(ctx context.Context, network, address string) (net.Conn, error)
-	roots  *x509.CertPool // that vouch for relays; nil: the system's
+	proxy  func(*http.Request) (*url.URL, error) // on the way to a relay; nil: none
+	roots  *x509.CertPool                        // that vouch for relays; nil: the system's
 	maxLag time.Duration
 	file   string // the state file; "": none
 	log    *slog.Logger
@@ -298,7 +318,10 @@ func (r *rules) setStream(rule streamRule) (streamRule, error) {
 	r.storing.Lock()
 	defer r.storing.Unlock()
 	set := r.set()
-	old := set.streams[rule.Stream]
+	old, known := set.streams[rule.Stream]
+	if !known && len(set.streams) >= maxStreams {
+		return rule, fmt.Errorf("stream %q: there are %d streams: %w", rule.Stream, len(set.streams), errFull)
+	}
 	set.streams[rule.Stream] = rule.Feeds
 	if err := r.write(set); err != nil {
 		return rule, errNotStored{"nothing has changed", err}
@@ -422,6 +445,9 @@ func (r *rules) setDestination(rule destinationRule) (destinationRule, error) {
 	if known && old == rule && !r.behind.Load() {
 		return rule, nil
 	}
+	if !known && len(set.destinations) >= maxDestinations {
+		return rule, fmt.Errorf("destination %q: there are %d destinations: %w", rule.ID, len(set.destinations), errFull)
+	}
 	set.destinations[string(rule.ID)] = rule
 	if err := r.write(set); err != nil {
 		return rule, errNotStored{"nothing has changed", err}
@@ -447,12 +473,16 @@ func (r *rules) applyDestination(rule destinationRule) {
 		panic(err) // a rule is clean
 	}
 	d := &destination{
-		rule: rule, url: u, mux: r.mux, dial: r.dial, roots: r.roots, maxLag: r.maxLag,
+		rule: rule, url: u, mux: r.mux, dial: r.dial, proxy: r.proxy, roots: r.roots, maxLag: r.maxLag,
 	}
 	d.log = r.log.With("dest", string(rule.ID), "stream", rule.Stream, "url", d.shown())
 	is := &running{destination: d}
 	if was != nil && was.rule.Stream == rule.Stream {
 		is.old = append(slices.DeleteFunc(was.old, (*destination).ended), was.destination)
+		if len(is.old) > maxOld { // the first is what viewers see, the others have not yet taken over
+			is.old[1].stop()
+			is.old = slices.Delete(is.old, 1, 2)
+		}
 	} else if was != nil {
 		was.stop()
 	}

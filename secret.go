@@ -20,9 +20,9 @@ import (
 const (
 	hidden = "***"
 
-	maxToken   = 4096 // bytes
-	maxHeaders = 16
-	maxField   = 4096 // bytes in the name or the value of a header
+	maxToken  = 4096 // bytes
+	maxFields = 16
+	maxField  = 4096 // bytes in the name or the value of a header
 )
 
 // headers go out with the handshake: "Name: value\n" each, sorted by name. A
@@ -58,8 +58,8 @@ func (h *headers) UnmarshalJSON(b []byte) error {
 	if err := json.Unmarshal(b, &given); err != nil {
 		return errors.New(`"headers" must be an object of strings`)
 	}
-	if len(given) > maxHeaders {
-		return fmt.Errorf(`"headers": there are %d, at most %d are allowed`, len(given), maxHeaders)
+	if len(given) > maxFields {
+		return fmt.Errorf(`"headers": there are %d, at most %d are allowed`, len(given), maxFields)
 	}
 	clean := make(map[string]string, len(given))
 	for name, value := range given {
@@ -119,20 +119,6 @@ func splitUser(raw string) (before, user, after string) {
 	return scheme + "://", rest[:at], rest[at:]
 }
 
-// blame returns a URL that may not be one, for an error: what could be meant
-// as a password, with / or # in it, is hidden too.
-func blame(raw string) string {
-	at := strings.LastIndexByte(raw, '@')
-	if at < 0 {
-		return raw
-	}
-	scheme, _, ok := strings.Cut(raw[:at], "://")
-	if !ok {
-		return hidden + raw[at:]
-	}
-	return scheme + "://" + hidden + raw[at:]
-}
-
 // shown returns the rule as an answer shows it.
 func (r destinationRule) shown() destinationRule {
 	if r.Token != "" {
@@ -178,13 +164,13 @@ func (r destinationRule) cleanSecrets(u *url.URL) error {
 	}
 	switch {
 	case unknown:
-		return invalid("destination %.100q: %s stands for what is stored, and nothing is", blame(r.Destination), hidden)
+		return invalid("destination %.100q: %s stands for what is stored, and nothing is", withoutSecrets(r.Destination), hidden)
 	case len(r.Token) > maxToken || strings.ContainsFunc(r.Token, func(c rune) bool { return c <= ' ' || c > '~' || c == '"' || c == '\\' }):
 		return invalid(`token: it must be at most %d visible ASCII characters, without " and \`, maxToken)
 	case access && r.Token == "":
-		return invalid(`destination %.100q: the scheme is %q, which needs a "token"; without one it must be ws or wss`, blame(r.Destination), u.Scheme)
+		return invalid(`destination %.100q: the scheme is %q, which needs a "token"; without one it must be ws or wss`, withoutSecrets(r.Destination), u.Scheme)
 	case access && u.User != nil, (access || u.User != nil) && r.Headers.has("Authorization"):
-		return invalid("destination %.100q: it has more than one Authorization: token, user:password@ and header", blame(r.Destination))
+		return invalid("destination %.100q: it has more than one Authorization: token, user:password@ and header", withoutSecrets(r.Destination))
 	}
 	return nil
 }

@@ -8,7 +8,8 @@ import (
 
 const (
 	tcpNotsentLowat = 25     // linux/tcp.h
-	sioOutqNsd      = 0x894b // linux/sockios.h
+	sioOutq         = 0x5411 // linux/sockios.h
+	sioOutqNsd      = 0x894b
 	notsentLowat    = 16 << 10
 )
 
@@ -24,14 +25,20 @@ func limitUnsent(_, _ string, c syscall.RawConn) error {
 }
 
 // unsent is how many bytes the kernel holds that it was not yet able to send.
-func unsent(conn *net.TCPConn) int {
+func unsent(conn *net.TCPConn) int { return queued(conn, sioOutqNsd) }
+
+// unacked is how many bytes the kernel holds that have not arrived, as far as
+// it knows: the unsent ones too.
+func unacked(conn *net.TCPConn) int { return queued(conn, sioOutq) }
+
+func queued(conn *net.TCPConn, what uintptr) int {
 	c, err := conn.SyscallConn()
 	if err != nil {
 		return 0
 	}
 	var n int32
 	c.Control(func(fd uintptr) {
-		syscall.Syscall(syscall.SYS_IOCTL, fd, sioOutqNsd, uintptr(unsafe.Pointer(&n)))
+		syscall.Syscall(syscall.SYS_IOCTL, fd, what, uintptr(unsafe.Pointer(&n)))
 	})
 	return int(n)
 }

@@ -1,0 +1,228 @@
+package main
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// runCheck runs vw check, in this process, or with env as the vw that is
+// shipped: Go reads proxies and authorities once in a process.
+func runCheck(t *testing.T, url string, env ...string) (status int, out string) {
+	t.Helper()
+	if env == nil {
+		var stdout, stderr bytes.Buffer
+		status = run(t.Context(), []string{"check", url}, nil, &stdout, &stderr)
+		return status, stdout.String() + stderr.String()
+	}
+	cmd := exec.CommandContext(t.Context(), build(t, "linux/amd64"), "check", url)
+	cmd.Env = env
+	b, err := cmd.CombinedOutput()
+	if cmd.ProcessState == nil {
+		t.Fatal(err)
+	}
+	return cmd.ProcessState.ExitCode(), string(b)
+}
+
+// selfSigned returns a certificate for 127.0.0.1 that change has changed.
+func selfSigned(t *testing.T, change func(*x509.Certificate)) tls.Certificate {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "a \x1b[31mtest"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(50 * time.Hour),
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+	}
+	change(c)
+	der, err := x509.CreateCertificate(rand.Reader, c, c, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// slowly reads 40 kB/s.
+type slowly struct{ net.Conn }
+
+func (c slowly) Read(p []byte) (int, error) {
+	time.Sleep(100 * time.Millisecond)
+	return c.Conn.Read(p[:min(len(p), 4000)])
+}
+
+// reply serves a connection with one answer to its first bytes.
+func reply(s string) func(net.Conn) {
+	return func(conn net.Conn) {
+		conn.Read(make([]byte, 4096))
+		io.WriteString(conn, s)
+	}
+}
+
+// good serves a relay.
+func good(conn net.Conn) { serveRelay(conn, func([]byte) {}) }
+
+// listenFull returns an address where no connection comes about: what is sent
+// there is dropped, as firewalls do.
+func listenFull(t *testing.T) string {
+	t.Helper()
+	l := listenLoopback(t)
+	raw, err := l.(*net.TCPListener).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) { err = syscall.Listen(int(fd), 0) })
+	for range 100 {
+		conn, dialErr := net.DialTimeout("tcp", l.Addr().String(), 200*time.Millisecond)
+		if dialErr != nil {
+			return l.Addr().String()
+		}
+		t.Cleanup(func() { conn.Close() })
+	}
+	t.Fatalf("%s takes 100 connections (%v)", l.Addr(), err)
+	return ""
+}
+
+// silent reads, and says nothing.
+func silent(conn net.Conn) { io.Copy(io.Discard, conn) }
+
+// TestCheck: the step that fails, and the sentence, of each wrong state. HOST
+// is the address of what serve serves, with TLS when there is a certificate;
+// CLOSED refuses connections, and FULL drops them.
+func TestCheck(t *testing.T) {
+	const day = 24 * time.Hour
+	date := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(time.DateOnly) }
+	for _, tt := range []struct {
+		name  string
+		url   string
+		cert  func(*x509.Certificate)
+		serve func(net.Conn)
+		step  string // that fails; "": none does
+		want  string // in the sentence
+	}{
+		{"good", "ws://HOST/in/x", nil, good, "", `All is well: video can go from here to HOST.`},
+		{"refused port", "ws://CLOSED/in/x", nil, good, "tcp", `The connection to CLOSED is refused`},
+		{"dropped", "ws://FULL/in/x", nil, good, "tcp", `Nothing answers at FULL: it is down, or a firewall drops what is sent there; if this network has a proxy`},
+		{"another name", "wss://HOST/in/x", func(c *x509.Certificate) { c.IPAddresses, c.DNSNames = nil, []string{"other.example"} }, good,
+			"tls", `The certificate is for other.example, not for 127.0.0.1`},
+		{"expired", "wss://HOST/in/x", func(c *x509.Certificate) { c.NotBefore, c.NotAfter = time.Now().Add(-9*day), time.Now().Add(-3*day) }, good,
+			"tls", `The certificate of 127.0.0.1 expired on ` + date(-3*day)},
+		{"not yet valid", "wss://HOST/in/x", func(c *x509.Certificate) { c.NotBefore, c.NotAfter = time.Now().Add(3*day), time.Now().Add(9*day) }, good,
+			"tls", `The certificate of 127.0.0.1 is valid from ` + date(3*day) + ` on: this machine's clock may be wrong`},
+		{"unknown CA", "wss://HOST/in/x", func(*x509.Certificate) {}, good, "tls", `from an authority that this machine does not know`},
+		{"no TLS", "wss://HOST/in/x", nil, reply("HTTP/1.1 400 Bad Request\r\n\r\n"), "tls", `What answers at HOST does not speak TLS`},
+		{"401", "ws://HOST/in/x", nil, reply("HTTP/1.1 401 Unauthorized\r\n\r\n"), "authorised", `The relay at HOST does not let everybody in`},
+		{"401 with credentials", "ws://any:secret@HOST/in/x", nil, reply("HTTP/1.1 401 Unauthorized\r\n\r\n"), "authorised", `The relay at HOST does not accept the credentials`},
+		{"404", "ws://HOST/in/x?code=secret", nil, reply("HTTP/1.1 404 Not Found\r\n\r\n"), "upgrade", `There is nothing at /in/x on HOST`},
+		{"not a websocket", "ws://HOST?code=secret", nil, reply("HTTP/1.1 200 OK\r\n\r\n"), "upgrade", `What answers at HOST is a web server, but opens no websocket at /.`},
+		{"not HTTP", "ws://HOST", nil, reply("SSH-2.0-\x1b[31mOpenSSH\r\n"), "upgrade", `What answers at HOST is no websocket server`},
+		{"front without relay", "ws://HOST", nil, reply("HTTP/1.1 502 Bad Gateway\r\n\r\n"), "upgrade", `What stands in front of the relay at HOST answers`},
+		{"closes", "ws://HOST", nil, reply(""), "upgrade", `What listens at HOST accepts the connection and closes it`},
+		{"accepts, then closes", "ws://HOST", nil, func(conn net.Conn) { accept(conn) }, "ping", `The relay at HOST opens the websocket and closes it again`},
+		{"silent", "ws://HOST", nil, silent, "upgrade", `What listens at HOST accepts the connection and is silent`},
+		{"accepts, then silent", "ws://HOST", nil, func(conn net.Conn) { accept(conn); silent(conn) }, "ping", `The websocket opens, but nothing comes back through it`},
+		{"slow", "ws://HOST", nil, func(conn net.Conn) {
+			conn.(*net.TCPConn).SetReadBuffer(4096)
+			serveRelay(slowly{conn}, func([]byte) {})
+		}, "send", `The way to HOST is too slow for video: a camera needs 1.5 Mbit/s.`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			l := listenLoopback(t)
+			addr := l.Addr().String()
+			switch {
+			case strings.Contains(tt.url, "CLOSED"):
+				addr = fmt.Sprintf("127.0.0.1:%d", holdPort(t))
+			case strings.Contains(tt.url, "FULL"):
+				addr = listenFull(t)
+			}
+			fill := strings.NewReplacer("HOST", addr, "CLOSED", addr, "FULL", addr).Replace
+			if tt.cert != nil {
+				l = tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{selfSigned(t, tt.cert)}})
+			}
+			serveEach(t, l, tt.serve)
+			status, out := runCheck(t, fill(tt.url))
+			checkOutput(t, status, out, tt.step, fill(tt.want))
+		})
+	}
+}
+
+// checkOutput judges what vw check printed.
+func checkOutput(t *testing.T, status int, out, step, want string) {
+	t.Helper()
+	wantStatus, failed := 0, ""
+	if step != "" {
+		wantStatus = 1
+	}
+	lines := strings.Split(strings.TrimSpace(out), "\n")
+	for _, l := range lines[:len(lines)-1] {
+		f := regexp.MustCompile(`^(\w+) +(ok|FAILED) +\d+\.\d ms  .+$`).FindStringSubmatch(l)
+		if f == nil {
+			t.Fatalf("got the line %q in\n%s", l, out)
+		}
+		if f[2] == "FAILED" {
+			failed += f[1]
+		}
+	}
+	if last := lines[len(lines)-1]; status != wantStatus || failed != step || !strings.Contains(last, want) {
+		t.Errorf("got status %d, the step %q and\n%swant %d, %q and %q", status, failed, out, wantStatus, step, want)
+	}
+	if strings.Contains(out, "secret") || strings.Contains(out, "\x1b") {
+		t.Errorf("got %q, want no secret and no escape in it", out)
+	}
+}
+
+// TestCheckEnvironment: what Go reads from the environment of the process.
+func TestCheckEnvironment(t *testing.T) {
+	proxy := func(s string) func(net.Conn) { return reply("HTTP/1.1 " + s + "\r\n\r\n") }
+	cert := selfSigned(t, func(*x509.Certificate) {})
+	authority := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(authority, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name, url, env string
+		serve          func(net.Conn)
+		step, want     string
+	}{
+		{"good", "wss://HOST", "SSL_CERT_FILE=" + authority, good, "", "All is well"},
+		{"no DNS", "ws://relay.invalid/in/x", "NO_PROXY=*", good, "name", `The name relay.invalid was not found`},
+		{"proxy refuses", "ws://relay.invalid", "HTTP_PROXY=http://HOST", proxy("407 Who are you"), "proxy", `The proxy HOST wants a user and password`},
+		{"proxy refuses credentials", "wss://relay.invalid", "HTTPS_PROXY=http://any:secret@HOST", proxy("407 Who are you"), "proxy", `The proxy HOST does not accept its user and password.`},
+		{"proxy forbids", "wss://relay.invalid:22", "https_proxy=http://HOST", proxy("403 No"), "proxy", `The proxy HOST forbids connections to relay.invalid:22.`},
+		{"proxy without a way", "ws://relay.invalid", "http_proxy=http://HOST", proxy("503 No"), "proxy", `The proxy HOST can't reach relay.invalid:80.`},
+		{"proxy that is none", "ws://relay.invalid", "http_proxy=http://HOST", reply("SSH-2.0-\r\n\r\n"), "proxy", `The proxy HOST does not open a tunnel`},
+		{"proxy not found", "ws://relay.invalid", "http_proxy=http://any:secret@proxy.invalid", good, "name", `The name proxy.invalid was not found`},
+		{"proxy of another kind", "ws://relay.invalid", "http_proxy=socks5://any:secret@HOST", good, "proxy", `HTTPS_PROXY and HTTP_PROXY must be http:// or https:// URLs`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			l := listenLoopback(t)
+			fill := strings.NewReplacer("HOST", l.Addr().String()).Replace
+			if strings.HasPrefix(tt.url, "wss://HOST") {
+				l = tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{cert}})
+			}
+			serveEach(t, l, tt.serve)
+			status, out := runCheck(t, fill(tt.url), fill(tt.env))
+			checkOutput(t, status, out, tt.step, fill(tt.want))
+		})
+	}
+}

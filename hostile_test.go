@@ -1,0 +1,787 @@
+// Hostile clients and relays: what they do costs vw a bounded amount of
+// memory, and its neighbours nothing. Holds I2, I3 and I8.
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+	"unicode/utf8"
+)
+
+// Secrets that no log may show.
+const (
+	secretToken = "tok3n-of-the-tests"
+	secretUser  = "hunter2"
+)
+
+// besieged is a vw with a neighbour of those who attack it: a feed that is
+// posted, and a relay that gets it.
+type besieged struct {
+	*vwProcess
+	relay  *relayProcess
+	idle   int // descriptors that vw has then
+	memory func() []int
+}
+
+func besiege(t *testing.T, env ...string) *besieged {
+	t.Helper()
+	b := &besieged{relay: startRelay(t, "127.0.0.1:0", "-record", "")}
+	b.vwProcess = startVW(t, append(env, "VW_LOGLEVEL=debug", "VW_TOKEN="+secretToken)...)
+	b.call(t, http.StatusOK, "POST", "/api/streams", `{"stream":"stream/neighbour","feeds":["neighbour"]}`)
+	b.send(t, "neighbour", "stream/neighbour", "ws://user:"+secretUser+"@"+b.relay.addr+"/?code="+secretUser)
+	p := startPost(t, b.addr, "neighbour")
+	end := make(chan struct{})
+	var posting sync.WaitGroup
+	posting.Go(func() {
+		frames := time.NewTicker(40 * time.Millisecond)
+		defer frames.Stop()
+		for c := newCamera(); ; {
+			select {
+			case <-end:
+				return
+			case <-frames.C:
+				if _, err := p.chunks.Write(c.next()); err != nil {
+					t.Errorf("the neighbour's post: %v", err)
+					return
+				}
+			}
+		}
+	})
+	t.Cleanup(func() {
+		close(end)
+		posting.Wait()
+		checkLog(t, b.out.String())
+	})
+	b.flows(t)
+	b.idle = b.descriptors(t)
+	b.memory = b.sampleRSS(t, 20*time.Millisecond)
+	return b
+}
+
+// flows waits until the neighbour's relay got 10 more messages.
+func (b *besieged) flows(t *testing.T) {
+	t.Helper()
+	from := len(b.relay.entries(t))
+	eventually(t, startupTime, func() error {
+		if n := len(b.relay.entries(t)) - from; n < 10 {
+			return fmt.Errorf("the neighbour's relay got %d messages, want 10", n)
+		}
+		return nil
+	})
+}
+
+// answers mutes the neighbour, and lets it be heard again.
+func (b *besieged) answers(t *testing.T) {
+	t.Helper()
+	for _, feeds := range []string{`[]`, `["neighbour"]`} {
+		rule := `{"stream":"stream/neighbour","feeds":` + feeds + `}`
+		if got := b.call(t, http.StatusOK, "POST", "/api/streams", rule); got != rule {
+			t.Errorf("got %s, want %s", got, rule)
+		}
+	}
+}
+
+func (b *besieged) descriptors(t *testing.T) int {
+	t.Helper()
+	all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", b.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(all)
+}
+
+// recovers waits until vw holds nothing of an attack that is over, and judges
+// the most memory that it had.
+func (b *besieged) recovers(t *testing.T, most int) {
+	t.Helper()
+	eventually(t, startupTime, func() error {
+		if got := b.descriptors(t); got > b.idle+2 { // a call under way
+			return fmt.Errorf("vw has %d descriptors, before the attack %d", got, b.idle)
+		}
+		return nil
+	})
+	peak := 0
+	for _, n := range b.memory() {
+		peak = max(peak, n)
+	}
+	t.Logf("resident: %.0f MB at most", mb(peak))
+	if peak > most {
+		t.Errorf("resident: got %.0f MB, want at most %.0f", mb(peak), mb(most))
+	}
+}
+
+// checkLog: each line is one of ours, printable, and without secrets.
+func checkLog(t *testing.T, text string) {
+	t.Helper()
+	for line := range strings.Lines(text) {
+		line = strings.TrimSuffix(line, "\n")
+		if !strings.HasPrefix(line, "time=") || !utf8.ValidString(line) || strings.ContainsFunc(line, func(r rune) bool { return !strconv.IsPrint(r) }) {
+			t.Errorf("the log has the line %.300q", line)
+		}
+		for _, secret := range []string{secretToken, secretUser} {
+			if strings.Contains(line, secret) {
+				t.Errorf("the log has a secret: %.300q", line)
+			}
+		}
+	}
+}
+
+// crowd opens n connections that each say something. It returns when all have,
+// or after a second, while some go on.
+func (b *besieged) crowd(t *testing.T, n int, say func(i int, conn net.Conn)) []net.Conn {
+	t.Helper()
+	conns := make([]net.Conn, n)
+	var saying sync.WaitGroup
+	t.Cleanup(saying.Wait)
+	for i := range conns {
+		conn, err := net.DialTimeout("tcp", b.addr, startupTime)
+		if err != nil {
+			t.Fatalf("connection %d: %v", i, err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		conns[i] = conn
+		conn.SetDeadline(time.Now().Add(3 * startupTime))
+		saying.Go(func() { say(i, conn) })
+	}
+	said := make(chan struct{})
+	go func() {
+		saying.Wait()
+		close(said)
+	}()
+	select {
+	case <-said:
+	case <-time.After(time.Second):
+	}
+	return conns
+}
+
+// statusLine reads the first line of an answer, "" when the connection ended.
+func statusLine(conn net.Conn) string {
+	buf := make([]byte, 512)
+	n, err := io.ReadAtLeast(conn, buf, 12)
+	if err != nil {
+		return ""
+	}
+	line, _, _ := strings.Cut(string(buf[:n]), "\r\n")
+	return strings.TrimPrefix(line, "HTTP/1.1 ")
+}
+
+// TestHostileClients: while they do their worst, video flows and mutes work;
+// when they are gone, nothing of them is left.
+//
+// Not parallel: each takes as many connections as there may be.
+func TestHostileClients(t *testing.T) {
+	say := func(format string) func(int, net.Conn) {
+		return func(i int, conn net.Conn) { fmt.Fprintf(conn, format, i) }
+	}
+	tinyHeaders := func(_ int, conn net.Conn) {
+		var h bytes.Buffer
+		h.WriteString("GET /healthcheck HTTP/1.1\r\nHost: localhost\r\n")
+		for i := 0; h.Len() < maxHeaders; i++ {
+			fmt.Fprintf(&h, "%s:\r\n", strconv.FormatInt(int64(i), 36))
+		}
+		conn.Write(h.Bytes())
+	}
+	clip := testClip(6, 500)
+	post := func(i int, conn net.Conn) {
+		fmt.Fprintf(conn, "POST /ts/f%d HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999\r\n\r\n%s", i, clip)
+	}
+	const upgrade = "GET /%s HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" +
+		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+	frames := func(path string, bytes ...string) func(int, net.Conn) {
+		return func(i int, conn net.Conn) {
+			fmt.Fprintf(conn, upgrade, path)
+			for range 1000 {
+				io.WriteString(conn, bytes[i%len(bytes)])
+			}
+		}
+	}
+	for _, tt := range []struct {
+		name string
+		n    int // connections
+		say  func(i int, conn net.Conn)
+		want string // what one more is answered, as it begins; "": nothing is looked at
+		stay int    // connections that may be more than callers
+	}{
+		{name: "nothing is said", n: 10000},
+		{name: "slow headers", n: 1000, say: say("GET /%d HTTP/1.1\r\nHost: l")},
+		{name: "thousands of headers, and no end", n: 1000, say: tinyHeaders},
+		{name: "endless headers", n: 20, want: "431", say: func(_ int, conn net.Conn) {
+			io.WriteString(conn, "GET / HTTP/1.1\r\n")
+			for err := error(nil); err == nil; {
+				_, err = io.WriteString(conn, "A: "+strings.Repeat("a", 1000)+"\r\n")
+			}
+		}},
+		{name: "endless first line", n: 20, want: "431", say: func(_ int, conn net.Conn) {
+			for err := error(nil); err == nil; {
+				_, err = io.WriteString(conn, strings.Repeat("A", 1000))
+			}
+		}},
+		{name: "a rule that never comes", n: 1000, say: say("POST /api/streams HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6%04d\r\n\r\n{")},
+		{name: "a rule that trickles", n: 100, want: "408", say: func(_ int, conn net.Conn) {
+			io.WriteString(conn, "POST /api/streams HTTP/1.1\r\nHost: localhost\r\nContent-Length: 60000\r\n\r\n")
+			for err := error(nil); err == nil; time.Sleep(100 * time.Millisecond) {
+				_, err = io.WriteString(conn, " ")
+			}
+		}},
+		{name: "a feed that never comes", n: 1000, say: say("POST /ts/f%d HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")},
+		{name: "feeds by the thousand", n: 1000, say: post, want: "503", stay: maxPublishers},
+		{name: "readers by the thousand", n: 1500, say: say("GET /ts/f%d HTTP/1.1\r\nHost: localhost\r\n\r\n"), want: "503", stay: maxReaders},
+		{name: "a reader with a body", n: 20, say: say("GET /ts/f%d HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"), want: "400"},
+		{name: "all is asked, nothing is read", n: 100, say: func(_ int, conn net.Conn) {
+			io.WriteString(conn, strings.Repeat("GET /api/streams/all HTTP/1.1\r\nHost: localhost\r\n\r\n", 2000))
+		}},
+		{name: "names for the log", n: 50, want: "400", say: func(i int, conn net.Conn) {
+			fmt.Fprintf(conn, "POST /ts/a%%0atime=1%%1b[31m%%ff%%e2%%80%%ae HTTP/1.1\r\nHost: localhost\r\nUser-Agent: \x1b[2J\xff\xe2\x80\xae\r\nContent-Length: 9\r\n\r\n")
+		}},
+		{name: "agents for the log", n: 50, say: func(i int, conn net.Conn) {
+			fmt.Fprintf(conn, "GET /ts/a%d HTTP/1.1\r\nHost: localhost\r\nUser-Agent: x\ttime=1\xff\xe2\x80\xae%s\r\n\r\n", i, strings.Repeat("\xe2\x80\xae", 2000))
+		}},
+		{name: "frames of a publisher", n: 300, say: frames("in/f",
+			"\x82\xff\x7f\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x00", // as long as can be
+			"\x82\x05hello",                                            // not masked
+			"\xf2\x81\x00\x00\x00\x00x",                                // reserved bits
+			"\x8f\x81\x00\x00\x00\x00x",                                // an opcode that is none
+			"\x89\x80\x00\x00\x00\x00",                                 // pings
+			"\x02\x81\x00\x00\x00\x00x",                                // fragments without an end
+			"\x89\xff\x00\x00\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00", // a long ping
+			"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff",
+		)},
+		{name: "frames of a viewer", n: 40, say: frames("out/f",
+			"\x82\xff\x00\x00\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00"+strings.Repeat("\x00", 1<<16),
+			"\x89\x80\x00\x00\x00\x00",
+			"\x82\x05hello",
+			"\x88\x80\x00\x00\x00\x00",
+		)},
+		{name: "not the token", n: 100, want: "401", say: func(_ int, conn net.Conn) {
+			io.WriteString(conn, "GET /api/streams/all HTTP/1.1\r\nHost: localhost\r\nVia: x\r\nAuthorization: Bearer "+secretToken+"x\r\n\r\n")
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := besiege(t)
+			if tt.say == nil {
+				tt.say = func(int, net.Conn) {}
+			}
+			conns := b.crowd(t, tt.n, tt.say)
+			b.answers(t)
+			b.flows(t)
+			if got, most := b.descriptors(t), b.idle+maxCallers+tt.stay+2; got > most {
+				t.Errorf("vw has %d descriptors, want at most %d", got, most)
+			}
+			if tt.want != "" {
+				last := b.crowd(t, 1, func(_ int, conn net.Conn) { tt.say(tt.n, conn) })
+				conns = append(conns, last...)
+				if got := statusLine(last[0]); !strings.HasPrefix(got, tt.want) {
+					t.Errorf("got %q, want %s", got, tt.want)
+				}
+			}
+			for _, c := range conns {
+				c.Close()
+			}
+			b.recovers(t, 200<<20)
+		})
+	}
+}
+
+// TestRuleLimits: a rule too many is refused and changes nothing, while those
+// that there are can be changed, muted and deleted.
+func TestRuleLimits(t *testing.T) {
+	s := newTestServer(t, "")
+	s.rules.dial = func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("none") }
+	stream := func(i int, feeds string) string {
+		return fmt.Sprintf(`POST /api/streams {"stream":"stream/%d","feeds":[%s]}`, i, feeds)
+	}
+	to := func(i int, url string) string {
+		return fmt.Sprintf(`POST /api/destinations {"id":"%d","stream":"video0","destination":"%s"}`, i, url)
+	}
+	for i := range maxStreams {
+		if got := ask(s, stream(i, `"a","b"`)); got[:3] != "200" {
+			t.Fatalf("stream %d: got %s, want 200", i, got)
+		}
+	}
+	for i := range maxDestinations {
+		if got := ask(s, to(i, "ws://a")); got[:3] != "200" {
+			t.Fatalf("destination %d: got %s, want 200", i, got)
+		}
+	}
+	for _, step := range []struct{ request, want string }{
+		{stream(maxStreams, `"a"`), `503 {"error":"stream \"stream/256\": there are 256 streams: no more are allowed"}`},
+		{fmt.Sprintf("GET /api/streams/stream/%d", maxStreams), "404"},
+		{stream(0, `"a"`), "200"},
+		{stream(0, ``), "200"},
+		{stream(0, `"c"`), "200"},
+		{"DELETE /api/streams/stream/0", "200"},
+		{stream(maxStreams, `"a"`), "200"},
+		{to(maxDestinations, "ws://a"), `503 {"error":"destination \"1024\": there are 1024 destinations: no more are allowed"}`},
+		{fmt.Sprintf("GET /api/destinations/%d", maxDestinations), "404"},
+		{to(0, "ws://b"), "200"},
+		{"DELETE /api/destinations/0", "200"},
+		{to(maxDestinations, "ws://a"), "200"},
+		{to(1, "ws://a/"+strings.Repeat("x", maxURL)), "400"},
+		{"DELETE /api/streams/all", "200"},
+		{"DELETE /api/destinations/all", "200"},
+	} {
+		if got := ask(s, step.request); !strings.HasPrefix(got, step.want) {
+			t.Errorf("%.100s: got %s, want %s", step.request, got, step.want)
+		}
+	}
+}
+
+// TestFeedLimit: with as many feeds as may be, each can still be taken over,
+// and one that has ended makes room.
+func TestFeedLimit(t *testing.T) {
+	x := newMux()
+	publish := func(i int) error {
+		p := &publisher{interrupt: func() {}}
+		r, w := io.Pipe()
+		t.Cleanup(func() { w.Close() })
+		done := make(chan error, 1)
+		begun := make(chan struct{})
+		p.begun = func() { close(begun) }
+		go func() { done <- x.publish(fmt.Sprintf("f%d", i), p, r) }()
+		go w.Write(testClip(3, 500))
+		select {
+		case err := <-done:
+			r.Close()
+			return err
+		case <-begun:
+			if i < 0 {
+				w.Close()
+				return <-done
+			}
+			return nil
+		}
+	}
+	for i := range maxPublishers - 1 {
+		if err := publish(i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, step := range []struct {
+		feed int // below 0: it ends at once
+		want error
+	}{{-1, nil}, {maxPublishers - 1, nil}, {maxPublishers, errFull}, {0, nil}, {-1, errFull}} {
+		if err := publish(step.feed); !errors.Is(err, step.want) {
+			t.Errorf("feed %d: got %v, want %v", step.feed, err, step.want)
+		}
+	}
+}
+
+// TestManyURLs: a destination that is sent elsewhere faster than it can go
+// there has few connections.
+func TestManyURLs(t *testing.T) {
+	var open, most atomic.Int64
+	l := newLab(t, func(_ int64, _ string, conn net.Conn) { // it never answers
+		most.Store(max(most.Load(), open.Add(1)))
+		io.Copy(io.Discard, conn)
+		open.Add(-1)
+	})
+	defer l.close()
+	for i := range 500 {
+		l.send("video0", fmt.Sprintf("ws://relay/%d", i))
+	}
+	if got := most.Load(); got > 3*maxOld { // those that are ending as well
+		t.Errorf("got %d connections at once, want at most %d", got, 3*maxOld)
+	}
+	if err := l.deleteDestination("0"); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "all connections to end", func() bool { return open.Load() == 0 })
+}
+
+// TestURLSecrets: an error of a URL says nothing of what may be secret in it.
+func TestURLSecrets(t *testing.T) {
+	s := newTestServer(t, "")
+	for _, url := range []string{
+		"http://u:hunter2@a", "hunter2:hunter2@a", "ws://u:hunter2@:80", "ws://u:hunter2@a:0", "ws://hunter2@a/#", "ws://u:hunter2?@a",
+		"ws://u:hunter2 @a", "http://a/?hunter2", "ws://a:b?hunter2", "ws://u:hunter2@a/" + strings.Repeat("x", maxURL),
+	} {
+		got := ask(s, `POST /api/destinations {"id":"0","stream":"video0","destination":"`+url+`"}`)
+		if got[:3] != "400" || strings.Contains(strings.ReplaceAll(got, `scheme is \"hunter2\"`, ""), secretUser) {
+			t.Errorf("%.100s: got %s, want 400 without the secret", url, got)
+		}
+	}
+}
+
+// TestFewDescriptors: who holds all that vw may have does not lock others out.
+func TestFewDescriptors(t *testing.T) {
+	t.Parallel()
+	v := startVWCommand(t, exec.Command("sh", "-c", `ulimit -n 40 && exec "$0" stream`, build(t, "linux/amd64")))
+	for i := range 200 {
+		conn, err := net.Dial("tcp", v.addr)
+		if err != nil {
+			t.Fatalf("connection %d: %v", i, err)
+		}
+		defer conn.Close()
+	}
+	if got := v.call(t, http.StatusOK, "GET", "/healthcheck", ""); got != `"ok"` {
+		t.Errorf("got %s, want ok", got)
+	}
+}
+
+// TestHostileRelays: all at once, beside a relay that is as it should be. Each
+// is met again and again, and each is left when its rule is deleted.
+func TestHostileRelays(t *testing.T) {
+	t.Parallel()
+	again := func(frame string) func(net.Conn) {
+		return func(conn net.Conn) {
+			if _, err := accept(conn); err != nil {
+				return
+			}
+			var reading sync.WaitGroup
+			defer reading.Wait()
+			reading.Go(func() { io.Copy(io.Discard, conn) }) // else it counts as stalled
+			b := []byte(strings.Repeat(frame, 1+(32<<10)/len(frame)))
+			for err := error(nil); err == nil; time.Sleep(5 * time.Millisecond) { // 6 MB/s: the machine is for others too
+				_, err = conn.Write(b)
+			}
+		}
+	}
+	once := func(frame string) func(net.Conn) {
+		return func(conn net.Conn) {
+			if _, err := accept(conn); err == nil {
+				io.WriteString(conn, frame)
+				io.Copy(io.Discard, conn)
+			}
+		}
+	}
+	answer := func(text string) func(net.Conn) {
+		return func(conn net.Conn) {
+			io.WriteString(conn, text)
+			io.Copy(io.Discard, conn)
+		}
+	}
+	endless := func(begin, more string, wait time.Duration) func(net.Conn) {
+		return func(conn net.Conn) {
+			_, err := io.WriteString(conn, begin)
+			for ; err == nil; time.Sleep(wait) {
+				_, err = io.WriteString(conn, more)
+			}
+		}
+	}
+	zeros := strings.Repeat("\x00", 64<<10)
+	tests := []struct {
+		name  string
+		relay func(net.Conn)
+		lost  string // in the log, of the connection; "": it opens
+	}{
+		{"huge message", func(conn net.Conn) {
+			if _, err := accept(conn); err == nil {
+				var reading sync.WaitGroup
+				defer reading.Wait()
+				reading.Go(func() { io.Copy(io.Discard, conn) })
+				endless("\x82\x7f\x7f\xff\xff\xff\xff\xff\xff\xff", zeros, 5*time.Millisecond)(conn)
+			}
+		}, ""},
+		{"endless messages", again("\x82\x7e\x10\x00" + zeros[:4096]), ""},
+		{"text", again("\x81\x05time="), ""},
+		{"empty messages", again("\x82\x00"), ""},
+		{"fragments without an end", again("\x00\x01x"), ""},
+		{"pings by the thousand", again("\x89\x00"), ""},
+		{"long pings", again("\x89\x7d" + zeros[:125]), ""},
+		{"pongs that nobody asked for", again("\x8a\x00"), ""},
+		{"a masked message", once("\x82\x81\x00\x00\x00\x00x"), "err="},
+		{"an opcode that is none", once("\x8f\x01x"), "err="},
+		{"reserved bits", once("\xf2\x01x"), "err="},
+		{"a close frame, and no end", once("\x88\x04\x03\xe8\x1b["), "err="},
+		{"a handshake byte by byte", endless("HTTP/1.1 101 Switching Protocols\r\n", "A", 50*time.Millisecond), "no answer within"},
+		{"endless handshake", endless("HTTP/1.1 101 Switching Protocols\r\n", "A: "+zeros[:1000]+"\r\n", 0), "err="},
+		{"endless status line", endless("HTTP/1.1 500 ", strings.Repeat("\x1b[31m", 1000), 0), "err="},
+		{"no handshake", answer(""), "no answer within"},
+		{"a status for the log", answer("HTTP/1.1 500 \x1b[2Jx\rtime=1 level=ERROR\xff\xe2\x80\xae\r\n\r\n"), "500"},
+		{"no HTTP", answer("\x1b[2J\ntime=1 level=ERROR\r\n\r\n"), "err="},
+		{"another key", answer("HTTP/1.1 101 x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: x\r\n\r\n"), "err="},
+		{"a redirect", answer("HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\n\r\n"), "302"},
+		{"closes at once", func(net.Conn) {}, "err="},
+	}
+	b := besiege(t)
+	for i, tt := range tests {
+		l := listenLoopback(t)
+		var serving sync.WaitGroup
+		end := make(chan struct{})
+		serving.Go(func() {
+			for {
+				conn, err := l.Accept()
+				if err != nil {
+					return
+				}
+				serving.Go(func() {
+					defer conn.Close()
+					tt.relay(conn)
+				})
+				serving.Go(func() {
+					<-end
+					conn.Close()
+				})
+			}
+		})
+		t.Cleanup(func() {
+			l.Close()
+			close(end)
+			serving.Wait()
+		})
+		b.call(t, http.StatusOK, "POST", "/api/destinations", fmt.Sprintf(`{"id":%d,"stream":"neighbour","destination":"ws://u:%s@%s"}`, i, secretUser, l.Addr()))
+	}
+	for i, tt := range tests {
+		if tt.lost != "" {
+			b.expect(t, 0, 3*startupTime, fmt.Sprintf(`no connection, trying again" dest=%d .*%s`, i, tt.lost))
+		} else {
+			b.expect(t, 0, startupTime, fmt.Sprintf(`msg=connected dest=%d `, i))
+		}
+	}
+	b.answers(t)
+	b.flows(t)
+	time.Sleep(2 * time.Second)
+	b.answers(t)
+	b.flows(t)
+	for i := range tests {
+		b.call(t, http.StatusOK, "DELETE", fmt.Sprintf("/api/destinations/%d", i), "")
+	}
+	b.recovers(t, 100<<20)
+}
+
+// intrusion is what a page tries, in a browser. results has a line of each.
+const intrusion = `
+var results = {}
+const attempt = (name, promise) => promise.then(v => results[name] = v, e => results[name] = 'failed: ' + e)
+const ok = r => { if (!r.ok) throw r.status; return r }
+const socket = (path, event) => new Promise((done, fail) => {
+	const ws = new WebSocket('ws://TARGET' + path)
+	ws['on' + event] = () => done('done')
+	ws.onerror = () => fail('error')
+})
+attempt('read a rule', fetch('http://TARGET/api/streams/all').then(ok).then(r => r.text()).then(t => 'done'))
+attempt('read video', fetch('http://TARGET/ts/neighbour').then(ok).then(r => r.body.getReader().read()).then(b => 'done'))
+attempt('add a rule', fetch('http://TARGET/api/streams', {method: 'PUT', body: '{"stream":"stream/put","feeds":[]}'}).then(ok).then(r => 'done'))
+// What a form can do: the page does not see the answer, but it need not.
+attempt('add a rule, unseen', fetch('http://TARGET/api/streams', {method: 'POST', mode: 'no-cors', body: '{"stream":"stream/form","feeds":[]}'}).then(r => r.type == 'basic' ? ok(r) : r).then(r => 'done'))
+attempt('delete a rule', fetch('http://TARGET/api/destinations/victim', {method: 'DELETE'}).then(ok).then(r => 'done'))
+attempt('watch', socket('/out/neighbour', 'message'))
+attempt('publish', socket('/in/intruder', 'open'))
+`
+
+// TestHostilePage: what a page of another origin tries in Chromium fails, and
+// so it does when that has given its own name to this machine (DNS rebinding).
+// A page of vw's own address can do all of it.
+func TestHostilePage(t *testing.T) {
+	t.Parallel()
+	other := httptest.NewServer(http.NotFoundHandler())
+	t.Cleanup(other.Close)
+	_, otherPort, _ := net.SplitHostPort(other.Listener.Addr().String())
+	chromium := startBrowser(t, "--host-resolver-rules=MAP *.example 127.0.0.1")
+	for _, tt := range []struct {
+		name string
+		page func(vw, port string) (page, target string)
+		may  bool
+	}{
+		{"own address", func(vw, _ string) (string, string) { return vw, vw }, true},
+		{"another site", func(vw, _ string) (string, string) { return "intruder.example:" + otherPort, vw }, false},
+		{"another port", func(vw, _ string) (string, string) { return "127.0.0.1:" + otherPort, vw }, false},
+		{"another name of loopback", func(vw, port string) (string, string) { return "127.0.0.1:" + otherPort, "localhost:" + port }, false},
+		{"rebinding", func(_, port string) (string, string) {
+			return "intruder.example:" + port, "intruder.example:" + port
+		}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := besiege(t)
+			b.call(t, http.StatusOK, "POST", "/api/destinations", `{"id":"victim","stream":"none","destination":"ws://`+b.relay.addr+`"}`)
+			before := b.call(t, http.StatusOK, "GET", "/api/streams/all", "")
+			_, port, _ := net.SplitHostPort(b.addr)
+			page, target := tt.page(b.addr, port)
+			chromium.session = ""
+			chromium.open(t, "http://"+page+"/healthcheck")
+			eventually(t, startupTime, func() error {
+				var at string
+				if chromium.evaluate(t, "location.host + ' ' + document.readyState", &at); at != page+" complete" {
+					return fmt.Errorf("the page is %q", at)
+				}
+				return nil
+			})
+			chromium.evaluate(t, strings.ReplaceAll(intrusion, "TARGET", target)+";0", new(int))
+			var results map[string]string
+			eventually(t, startupTime, func() error {
+				if chromium.evaluate(t, "results", &results); len(results) != strings.Count(intrusion, "\nattempt(") {
+					return fmt.Errorf("got only %v", results)
+				}
+				return nil
+			})
+			for attempt, got := range results {
+				if (got == "done") != tt.may && (tt.may || attempt != "add a rule, unseen") { // unseen even when it was refused
+					t.Errorf("%s: got %q, want it done %v", attempt, got, tt.may)
+				}
+			}
+			if after := b.call(t, http.StatusOK, "GET", "/api/streams/all", ""); (after != before) != tt.may {
+				t.Errorf("the streams were %s and are %s", before, after)
+			}
+			if !tt.may {
+				b.call(t, http.StatusOK, "GET", "/api/destinations/victim", "")
+				if got := b.out.find(0, `feed=intruder|reader arrived`); got != nil {
+					t.Errorf("the log has %q", got)
+				}
+			}
+			t.Log(results)
+		})
+	}
+}
+
+// TestHostileProxy: who comes through nginx on this machine needs the token.
+func TestHostileProxy(t *testing.T) {
+	t.Parallel()
+	v := startVW(t, "VW_TOKEN="+secretToken)
+	none := startVW(t)
+	for _, tt := range []struct{ name, location string }{
+		{"as it is without more", ``},
+		{"as is usual", `proxy_http_version 1.1; proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;`},
+		{"with the name that was asked for", `proxy_http_version 1.1; proxy_set_header Host $http_host; proxy_set_header X-Real-IP $remote_addr;`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			for _, c := range []struct {
+				vw, token string
+				want      int
+			}{
+				{v.addr, "", http.StatusUnauthorized},
+				{v.addr, "wrong", http.StatusUnauthorized},
+				{v.addr, secretToken, http.StatusOK},
+				{none.addr, "", http.StatusForbidden},
+			} {
+				addr := startNginxWith(t, "", "location / { proxy_pass http://"+c.vw+"; "+tt.location+" }")
+				r, err := http.NewRequest("GET", "http://"+addr+"/api/streams/all", nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				r.Close = true
+				r.Header.Set("Authorization", "Bearer "+c.token)
+				eventually(t, startupTime, func() error {
+					a, err := http.DefaultClient.Do(r)
+					if err != nil {
+						return err
+					}
+					defer a.Body.Close()
+					if a.StatusCode != c.want {
+						b, _ := io.ReadAll(a.Body)
+						t.Errorf("token %q: got %s %s, want %d", c.token, a.Status, b, c.want)
+					}
+					return nil
+				})
+			}
+		})
+	}
+}
+
+// FuzzAPI: whatever is asked, the answer is one line of JSON, an error changes
+// nothing, a rule that is answered is there, and the log is what we wrote.
+func FuzzAPI(f *testing.F) {
+	const rule = `{"stream":"stream/a","feeds":["b","c"]}`
+	f.Add("POST", "/api/streams", "", rule)
+	f.Add("PUT", "/api/streams", "Origin: http://a", `{"feeds":[],"stream":"/stream/\u0061"} `)
+	f.Add("UPDATE", "/api/destinations", "X-Forwarded-For: 1", `{"id":0,"stream":"a","destination":"wss://u:p@h:1/x?y"}`)
+	f.Add("POST", "/api/destinations", "Sec-Fetch-Site: cross-site", `{"id":1e400,"stream":"\ud800"}`)
+	f.Add("GET", "/api/streams/stream%2Fold", "Host: evil.example", "")
+	f.Add("DELETE", "/api/streams/all", "Via: x", "")
+	f.Add("DELETE", "//api/destinations/../old", "", "")
+	f.Add("POST", "/ts/a%0ab", "User-Agent: \x1b[2J\xff", "GGGG")
+	f.Add("GET", "/out/a?b", "Connection: upgrade", "")
+	f.Add("OPTIONS", "*", "", "")
+	f.Add("GET", "/api/stats", "", "")
+	f.Add("GET", "/metrics", "", "")
+	f.Add("CONNECT", "a:80", "Authorization: Basic Og==", "")
+	log := &logBuffer{}
+	r := newRules(f.Context(), newMux(), time.Second, slog.New(slog.NewTextHandler(log, nil)))
+	r.dial = func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("none") }
+	s := newServer(f.Context(), r, secretToken, r.log)
+	f.Cleanup(func() {
+		r.deleteDestinations()
+		r.tasks.Wait()
+	})
+	ended, end := context.WithCancel(f.Context())
+	end() // who reads video leaves at once
+	f.Fuzz(func(t *testing.T, method, target, header, body string) {
+		text := fmt.Sprintf("%s %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n%s\r\n\r\n%s", method, target, len(body), header, body)
+		request, err := http.ReadRequest(bufio.NewReader(strings.NewReader(text)))
+		if err != nil || strings.HasPrefix(request.URL.Path, "/in") || strings.HasPrefix(request.URL.Path, "/out") && request.Header.Get("Upgrade") != "" {
+			return
+		}
+		request.RemoteAddr = "127.0.0.1:50000"
+		ask(s, `POST /api/streams {"stream":"stream/old","feeds":["x"]}`)
+		ask(s, `POST /api/destinations {"id":"old","stream":"x","destination":"ws://old"}`)
+		before := r.set().encode()
+		w := httptest.NewRecorder()
+		s.ServeHTTP(w, request.WithContext(ended))
+		after := r.set().encode()
+		if kind := w.Header().Get("Content-Type"); w.Code != http.StatusOK && kind != "application/json" ||
+			kind == "application/json" && (!json.Valid(w.Body.Bytes()) || bytes.ContainsAny(w.Body.Bytes(), "\n\r\x1b")) {
+			t.Errorf("got %d %q", w.Code, w.Body)
+		}
+		if w.Code != http.StatusOK && !bytes.Equal(before, after) {
+			t.Errorf("got %d, and the rules are %s", w.Code, after)
+		}
+		if set, err := decodeState(after); err != nil || !bytes.Equal(set.encode(), after) {
+			t.Errorf("the rules are %s, which reads as %v, %v", after, set, err)
+		}
+		if strings.Contains(w.Body.String(), secretToken) {
+			t.Errorf("the token is in %s", w.Body)
+		}
+		r.deleteStreams()
+		r.deleteDestinations()
+		checkLog(t, log.String())
+		log.mu.Lock()
+		log.b.Reset()
+		log.mu.Unlock()
+	})
+}
+
+// FuzzRelay: whatever a relay answers, or sends once it has answered well, the
+// connection ends with it, and the log is what we wrote.
+func FuzzRelay(f *testing.F) {
+	f.Add([]byte("HTTP/1.1 101 x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: x\r\n\r\n"), []byte{})
+	f.Add([]byte("HTTP/1.1 500 \x1b[2J\xff\r\n\r\n"), []byte{})
+	f.Add([]byte{}, []byte("\x89\x02ab\x82\x7e\x00\x04abcd\x01\x01a\x80\x00\x88\x02\x03\xe8"))
+	f.Add([]byte{}, []byte("\x82\x7f\xff\xff\xff\xff\xff\xff\xff\xff\xf2\x81abcde"))
+	f.Fuzz(func(t *testing.T, answer, after []byte) {
+		log := &logBuffer{}
+		l := newLab(t, func(_ int64, _ string, conn net.Conn) {
+			if len(answer) == 0 {
+				if _, err := accept(conn); err != nil {
+					t.Error(err)
+				}
+				answer = after
+			} else if _, err := http.ReadRequest(bufio.NewReader(conn)); err != nil {
+				t.Error(err)
+			}
+			var reading sync.WaitGroup
+			defer reading.Wait()
+			reading.Go(func() { io.Copy(io.Discard, conn) })
+			conn.Write(answer)
+			conn.Close()
+		})
+		defer l.close()
+		u, _ := url.Parse("ws://u:" + secretUser + "@relay/in")
+		d := &destination{rule: destinationRule{Stream: "video0"}, url: u, mux: l.mux, dial: l.dial, maxLag: time.Second, log: slog.New(slog.NewTextHandler(log, nil))}
+		d.hush, d.isLive = func() {}, func() {}
+		_, err := d.connect(t.Context(), true)
+		d.log.Info("ended", "err", err)
+		checkLog(t, log.String())
+		if len(err.Error()) > 300 {
+			t.Errorf("the error has %d bytes: %v", len(err.Error()), err)
+		}
+	})
+}

@@ -1,0 +1,211 @@
+// The page: vw in a browser, on GET /. It does everything through the API, so
+// it may be left out. Its files are embedded and hold no secret: where
+// VW_TOKEN is set they go to everybody, so that the page can ask for it.
+//
+// The rules: nothing inline, nothing from another origin but the player, and
+// that with a hash; what comes from outside is text to the page, never markup.
+
+package main
+
+import (
+	"crypto/hmac"
+	"crypto/sha256"
+	"embed"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"html"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+)
+
+//go:embed page
+var pageFiles embed.FS
+
+// pageTypes are the paths that need no token, and the types of their answers.
+var pageTypes = map[string]string{
+	"/":          "text/html; charset=utf-8",
+	"/page.css":  "text/css; charset=utf-8",
+	"/page.js":   "text/javascript; charset=utf-8",
+	"/icon.svg":  "image/svg+xml",
+	"/player.js": "text/javascript; charset=utf-8",
+	"/login":     "application/json",
+}
+
+const (
+	pageTimeout = 30 * time.Second // of one answer: the player has 125 kB, and phones can be slow
+	eventsEvery = time.Second
+	cookieName  = "vw"
+	cookieAge   = 30 * 24 * time.Hour
+)
+
+// The player, unless VW_PLAYER names another: JSMpeg, as a package of npm.
+// The hash is of the file in it, and keeps a CDN from serving anything else.
+const (
+	defaultPlayer    = "https://cdn.jsdelivr.net/npm/@cycjimmy/jsmpeg-player@6.1.2/dist/jsmpeg-player.umd.min.js"
+	defaultIntegrity = "sha384-ZXLP4mPW4hwqJq+wWAofBuATF82RsfliKzqoOZn3tXLzhlxCiuqeeyU76TcST2gK"
+)
+
+// player is where the page gets its player: from a URL, or else a file.
+type player struct{ url, integrity, file string }
+
+// newPlayer reads VW_PLAYER. A relative name is a file beside the binary. ok
+// tells whether the value may stand in a policy.
+func newPlayer(v string) (p player, ok bool) {
+	if v == "" {
+		return player{url: defaultPlayer, integrity: defaultIntegrity}, true
+	}
+	u, err := url.Parse(v)
+	if err == nil && (u.Scheme == "http" || u.Scheme == "https") {
+		return player{url: v}, u.Host != "" && u.User == nil && !strings.ContainsFunc(v, func(r rune) bool {
+			return r <= ' ' || r >= 0x7f || strings.ContainsRune(`;,'"`, r)
+		})
+	}
+	if strings.Contains(v, "://") {
+		return player{}, false
+	}
+	if self, err := os.Executable(); err == nil && !filepath.IsAbs(v) {
+		v = filepath.Join(filepath.Dir(self), v)
+	}
+	return player{file: v}, true
+}
+
+// plainHost is a Host that may stand in a policy.
+var plainHost = regexp.MustCompile(`^[A-Za-z0-9.-]+(:[0-9]+)?$`)
+
+// pageHeader sets what every file of the page is sent with. The websockets of
+// the page's own host are named: not every browser takes 'self' for them.
+func (s *server) pageHeader(w http.ResponseWriter, r *http.Request) {
+	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(pageTimeout))
+	script, _, _ := strings.Cut(s.player.url, "?") // a source of a policy has no query
+	connect := ""
+	if plainHost.MatchString(r.Host) {
+		connect = " ws://" + r.Host + " wss://" + r.Host
+	}
+	h := w.Header()
+	h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' "+script+
+		"; style-src 'self'; img-src 'self'; connect-src 'self'"+connect+
+		"; form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Referrer-Policy", "no-referrer")
+	h.Set("Cross-Origin-Resource-Policy", "same-origin")
+	h.Set("Cache-Control", "no-cache")
+	h.Set("Content-Type", pageTypes[r.URL.Path])
+}
+
+// getPage answers with a file of the page.
+func (s *server) getPage(w http.ResponseWriter, r *http.Request) {
+	name := strings.TrimPrefix(r.URL.Path, "/")
+	if name == "" {
+		name = "index.html"
+	}
+	b, err := pageFiles.ReadFile("page/" + name)
+	if err != nil {
+		panic(err) // its route is of a file that is embedded
+	}
+	s.pageHeader(w, r)
+	if name == "index.html" {
+		src := s.player.url
+		if src == "" {
+			src = "player.js"
+		}
+		b = []byte(strings.NewReplacer("{{player}}", html.EscapeString(src), "{{integrity}}", s.player.integrity).Replace(string(b)))
+	}
+	w.Write(b)
+}
+
+// getPlayer answers with the file that VW_PLAYER names.
+func (s *server) getPlayer(w http.ResponseWriter, r *http.Request) {
+	info, err := os.Stat(s.player.file)
+	if err != nil || !info.Mode().IsRegular() {
+		s.refuse(w, r, httpError{http.StatusNotFound, "VW_PLAYER: there is no such file"})
+		return
+	}
+	s.pageHeader(w, r)
+	http.ServeFile(w, r, s.player.file)
+}
+
+// session is the value of the cookie: who has it has presented the token, but
+// can't tell it. It is the same after a restart.
+func (s *server) session() string {
+	mac := hmac.New(sha256.New, []byte(s.token))
+	mac.Write([]byte("vw: session of the page"))
+	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
+}
+
+// signedIn tells whether the request has the cookie. EventSource and WebSocket
+// can present nothing else.
+func (s *server) signedIn(r *http.Request) bool {
+	return slices.ContainsFunc(r.CookiesNamed(cookieName), func(c *http.Cookie) bool {
+		return hmac.Equal([]byte(c.Value), []byte(s.session()))
+	})
+}
+
+// login gives the cookie for the token.
+func (s *server) login(w http.ResponseWriter, r *http.Request) {
+	http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
+	var given struct {
+		Token string `json:"token"`
+	}
+	if err := body(r, &given); err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	if s.token == "" || !s.isToken(given.Token) {
+		s.refuse(w, r, httpError{http.StatusUnauthorized, "this is not the value of VW_TOKEN"})
+		return
+	}
+	http.SetCookie(w, &http.Cookie{
+		Name: cookieName, Value: s.session(), Path: "/", MaxAge: int(cookieAge.Seconds()),
+		HttpOnly: true, SameSite: http.SameSiteStrictMode,
+		// The page came by TLS, whatever the proxy tells of it.
+		Secure: strings.HasPrefix(r.Header.Get("Origin"), "https:"),
+	})
+	w.Header().Set("Cache-Control", "no-store")
+	answer(w, http.StatusOK, "ok")
+}
+
+// events sends the stats as server-sent events: at once, then every second,
+// until the listener leaves, stops reading or vw ends.
+func (s *server) events(w http.ResponseWriter, r *http.Request) {
+	leave, err := s.door.reader(r)
+	if err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	defer leave()
+	w.Header().Set("Content-Type", "text/event-stream")
+	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("X-Accel-Buffering", "no") // nginx would wait for more
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	if r.Method == http.MethodHead {
+		return
+	}
+	c := http.NewResponseController(w)
+	tick := time.NewTicker(eventsEvery)
+	defer tick.Stop()
+	for {
+		b, err := json.Marshal(s.stats()) // one line
+		if err != nil {
+			panic(err) // what we answer can be encoded
+		}
+		c.SetWriteDeadline(time.Now().Add(maxStall))
+		fmt.Fprintf(w, "data: %s\n\n", b)
+		if c.Flush() != nil {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-r.Context().Done():
+			return
+		case <-s.ctx.Done():
+			return
+		}
+	}
+}

@@ -1,0 +1,287 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// listenManager is a service manager's socket; told returns what it hears
+// next, and fails the test after 5 s.
+func listenManager(t *testing.T, name string) (told func() string) {
+	t.Helper()
+	c, err := net.ListenPacket("unixgram", name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return func() string {
+		t.Helper()
+		b := make([]byte, 4096)
+		c.SetReadDeadline(time.Now().Add(settleTime))
+		n, _, err := c.ReadFrom(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b[:n])
+	}
+}
+
+func TestNotify(t *testing.T) {
+	for _, tt := range []struct{ name, socket string }{
+		{"path", filepath.Join(t.TempDir(), "notify")},
+		{"abstract", fmt.Sprintf("@vw-test-%d", os.Getpid())},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			told := listenManager(t, tt.socket)
+			addr, _, stop := runVW(t, "NOTIFY_SOCKET="+tt.socket, "WATCHDOG_USEC=20000", fmt.Sprint("WATCHDOG_PID=", os.Getpid()))
+			if got := told(); got != "READY=1" {
+				t.Fatalf("got %q, want READY=1", got)
+			}
+			if c, err := net.Dial("tcp", addr); err != nil {
+				t.Errorf("when it is ready: %v", err)
+			} else {
+				c.Close()
+			}
+			for range 3 {
+				if got := told(); got != "WATCHDOG=1" {
+					t.Fatalf("got %q, want WATCHDOG=1", got)
+				}
+			}
+			if got := stop(); got != 0 {
+				t.Errorf("got status %d, want 0", got)
+			}
+			for {
+				got := told()
+				if got == "STOPPING=1" {
+					break
+				}
+				if got != "WATCHDOG=1" {
+					t.Fatalf("got %q, want STOPPING=1", got)
+				}
+			}
+		})
+	}
+}
+
+// TestNotifyDeaf: vw runs as ever where the manager cannot be told.
+func TestNotifyDeaf(t *testing.T) {
+	for _, tt := range []struct{ name, socket, want string }{
+		{"no such socket", "/no/such/socket", "/no/such/socket"},
+		{"not a socket", "vsock:2:1", `it must begin with / or @`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, log, stop := runVW(t, "NOTIFY_SOCKET="+tt.socket)
+			waitFor(t, "a warning", func() bool { return strings.Contains(log.String(), "level=WARN") })
+			if got := log.String(); !strings.Contains(got, tt.want) {
+				t.Errorf("got %q, want %q in it", got, tt.want)
+			}
+			if got := stop(); got != 0 {
+				t.Errorf("got status %d, want 0", got)
+			}
+		})
+	}
+}
+
+func TestNewNotifier(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		env  []string
+		want time.Duration
+	}{
+		{"nobody asks", nil, 0},
+		{"asked", []string{"WATCHDOG_USEC=30000000"}, 15 * time.Second},
+		{"asked by pid", []string{"WATCHDOG_USEC=30000000", fmt.Sprint("WATCHDOG_PID=", os.Getpid())}, 15 * time.Second},
+		{"another process", []string{"WATCHDOG_USEC=30000000", "WATCHDOG_PID=1"}, 0},
+		{"zero", []string{"WATCHDOG_USEC=0"}, 0},
+		{"negative", []string{"WATCHDOG_USEC=-1"}, 0},
+		{"no number", []string{"WATCHDOG_USEC=10s"}, 0},
+		{"overflows", []string{"WATCHDOG_USEC=9223372036854775807"}, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := newNotifier(tt.env, discardLog).every; got != tt.want {
+				t.Errorf("got %v, want %v", got, tt.want)
+			}
+		})
+	}
+}
+
+// TestWatchdogBites: while a lock of the data path is stuck, whichever, the
+// watchdog is not fed; afterwards it is.
+func TestWatchdogBites(t *testing.T) {
+	x := newMux()
+	pub := &publisher{interrupt: func() {}}
+	f := x.attach("video0", pub)
+	defer x.detach(f, pub)
+	onFeed, onStream := newSubscriber(bare, time.Second), newSubscriber(bare, time.Second)
+	x.join("video0", onFeed)
+	x.join("stream/a", onStream)
+	for _, tt := range []struct {
+		name string
+		lock *sync.Mutex
+	}{
+		{"mux", &x.mu},
+		{"feed", &f.mu},
+		{"stream", &x.streams["stream/a"].mu},
+		{"reader of a feed", &onFeed.mu},
+		{"reader of a stream", &onStream.mu},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			socket := filepath.Join(t.TempDir(), "notify")
+			told := listenManager(t, socket)
+			n := newNotifier([]string{"NOTIFY_SOCKET=" + socket, "WATCHDOG_USEC=1000"}, discardLog)
+			ctx, cancel := context.WithCancel(t.Context())
+			tried := make(chan struct{}, 1)
+			var tasks sync.WaitGroup
+			tt.lock.Lock()
+			tasks.Go(func() {
+				n.watch(ctx, func() {
+					select {
+					case tried <- struct{}{}:
+					default:
+					}
+					x.pass()
+					n.tell("passed")
+				})
+			})
+			select {
+			case <-tried:
+			case <-time.After(settleTime):
+				t.Error("the watchdog is fed without a look")
+			}
+			time.Sleep(20 * time.Millisecond) // a watchdog that does not wait is fed by now
+			n.tell("stuck")
+			tt.lock.Unlock()
+			for _, want := range []string{"stuck", "passed", "WATCHDOG=1"} {
+				if got := told(); got != want {
+					t.Errorf("got %q, want %q", got, want)
+				}
+			}
+			cancel()
+			tasks.Wait()
+		})
+	}
+}
+
+// TestJournal: levels are put before lines when stderr is the journal, and
+// only then.
+func TestJournal(t *testing.T) {
+	f, err := os.Create(filepath.Join(t.TempDir(), "stderr"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, tt := range []struct {
+		name, id string
+		want     [4]string // what the lines of error, warn, info and debug begin with
+	}{
+		{"journal", fileID(f), [4]string{"<3>time=", "<4>time=", "<6>time=", "<7>time="}},
+		{"another file", "1:1", [4]string{"time=", "time=", "time=", "time="}},
+		{"nobody says", "", [4]string{"time=", "time=", "time=", "time="}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f.Truncate(0)
+			f.Seek(0, io.SeekStart)
+			log := slog.New(newHandler([]string{"JOURNAL_STREAM=" + tt.id}, f, slog.LevelDebug)).With("feed", "a").WithGroup("g")
+			log.Error("one\n<0>two", "k", 1)
+			log.Warn("one\n<0>two", "k", 1)
+			log.Info("one\n<0>two", "k", 1)
+			log.Debug("one\n<0>two", "k", 1)
+			b, err := os.ReadFile(f.Name())
+			if err != nil {
+				t.Fatal(err)
+			}
+			lines := strings.Split(strings.TrimSuffix(string(b), "\n"), "\n")
+			if len(lines) != len(tt.want) {
+				t.Fatalf("got %q, want %d lines", lines, len(tt.want))
+			}
+			for i, line := range lines {
+				if !strings.HasPrefix(line, tt.want[i]) || !strings.HasSuffix(line, ` feed=a g.k=1`) {
+					t.Errorf("got %q, want %s… feed=a g.k=1", line, tt.want[i])
+				}
+			}
+		})
+	}
+}
+
+// TestJournalOfTheProgram: the shipped binary finds out that its stderr is
+// the journal.
+func TestJournalOfTheProgram(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	cmd := exec.Command(build(t, "linux/amd64"), "stream")
+	cmd.Env = []string{"VW_PORT=0", "VW_PROT=1", "VW_HOST=127.0.0.1", "JOURNAL_STREAM=" + fileID(w)}
+	cmd.Stderr = w
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	b := make([]byte, 4096)
+	n, err := io.ReadAtLeast(r, b, 1)
+	if err != nil || !strings.HasPrefix(string(b[:n]), "<4>time=") {
+		t.Errorf("got %q, %v, want a warning that begins with <4>time=", b[:n], err)
+	}
+}
+
+// readmeUnits returns the unit files of README.md by their names, in order.
+func readmeUnits(t *testing.T) (names []string, units map[string]string) {
+	t.Helper()
+	b, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	units = make(map[string]string)
+	for _, m := range regexp.MustCompile("(?s)`/etc/systemd/system/([a-z0-9-]+\\.service)`.*?\n\n((?:    [^\n]*\n|\n)+)").FindAllStringSubmatch(string(b), -1) {
+		names = append(names, m[1])
+		units[m[1]] = regexp.MustCompile(`(?m)^    `).ReplaceAllString(m[2], "")
+	}
+	return names, units
+}
+
+// TestUnits: systemd has nothing to say against the units in README.md, and
+// finds them closed enough.
+func TestUnits(t *testing.T) {
+	analyze := tool(t, "systemd-analyze")
+	dir := t.TempDir()
+	names, units := readmeUnits(t)
+	if want := "vw.service vw-video0.service"; strings.Join(names, " ") != want {
+		t.Fatalf("got the units %q, want %s", names, want)
+	}
+	for _, name := range names {
+		text := strings.ReplaceAll(units[name], "/usr/local/bin/vw ", build(t, "linux/amd64")+" ")
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range names {
+		path := filepath.Join(dir, name)
+		out, _ := exec.Command(analyze, "verify", "--man=no", "--recursive-errors=no", path).CombinedOutput()
+		for line := range strings.Lines(string(out)) {
+			if strings.Contains(line, name) || strings.Contains(line, "vw") {
+				t.Errorf("verify: %s", line)
+			}
+		}
+		out, err := exec.Command(analyze, "security", "--offline=true", "--no-pager", "--threshold=20", path).CombinedOutput()
+		lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+		t.Logf("%s: %s", name, lines[len(lines)-1])
+		if err != nil {
+			t.Errorf("security: got %v, want an exposure of at most 2.0\n%s", err, out)
+		}
+	}
+}
