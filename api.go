@@ -47,6 +47,9 @@ type server struct {
 	tasks   sync.WaitGroup
 	door    door
 
+	control *control // set before it serves; nil: none
+	port    int      // the same; 0: not known
+
 	routes *http.ServeMux
 	cross  *http.CrossOriginProtection
 	host   string // this machine's name
@@ -251,19 +254,38 @@ func (s *server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	}
 }
 
-// answer writes v as JSON, exactly and without a newline.
-func answer(w http.ResponseWriter, status int, v any) {
+// shownDestinations returns the destination rules, and the control link among
+// them, without their secrets.
+func (s *server) shownDestinations() map[string]destinationRule {
+	all := s.rules.allDestinations()
+	for name, rule := range all {
+		all[name] = rule.shown()
+	}
+	if s.control != nil {
+		all[controlID] = s.control.rule.shown()
+	}
+	return all
+}
+
+// encode returns v as JSON, exactly and without a newline.
+func encode(v any) []byte {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
 	e.SetEscapeHTML(false)
 	if err := e.Encode(v); err != nil {
 		panic(err) // what we answer can be encoded
 	}
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
+}
+
+// answer writes v as JSON.
+func answer(w http.ResponseWriter, status int, v any) {
+	b := encode(v)
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(bodyTimeout)) // its peer may not read
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(status)
-	w.Write(bytes.TrimSuffix(b.Bytes(), []byte("\n")))
+	w.Write(b)
 }
 
 // handle makes a route of a function whose result is answered as JSON.
@@ -331,19 +353,21 @@ func (s *server) setDestination(r *http.Request) (any, error) {
 	if err := body(r, &rule); err != nil {
 		return nil, err
 	}
-	return s.rules.setDestination(rule)
+	rule, err := s.rules.setDestination(rule)
+	return rule.shown(), err
 }
 
 func (s *server) getDestination(r *http.Request) (any, error) {
 	name := r.PathValue("id")
 	if name == "all" {
-		return s.rules.allDestinations(), nil
+		return s.shownDestinations(), nil
 	}
 	name, err := cleanName("id", name)
 	if err != nil {
 		return nil, err
 	}
-	return s.rules.destination(name)
+	rule, err := s.rules.destination(name)
+	return rule.shown(), err
 }
 
 func (s *server) deleteDestination(r *http.Request) (any, error) {

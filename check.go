@@ -82,7 +82,7 @@ func (c *checkup) run(ctx context.Context) {
 	}
 	l := newLink(conn, slog.New(slog.DiscardHandler))
 	l.silence = maxSilence
-	ws, err := l.open(ctx, c.d.url, c.d.roots)
+	ws, err := l.open(ctx, c.d.url, c.d.roots, make(http.Header))
 	if err != nil {
 		conn.Close()
 	}

@@ -883,6 +883,7 @@ var buildDir = sync.OnceValues(func() (string, error) {
 
 // builds has a function for each target, which builds it once.
 var builds = map[string]func() (string, error){
+	"tokenrelay":    sync.OnceValues(func() (string, error) { return goBuild("tokenrelay", "testdata/tokenrelay") }),
 	"relay":         sync.OnceValues(func() (string, error) { return goBuild("relay", "testdata/relay") }),
 	"gorilla":       sync.OnceValues(func() (string, error) { return goBuild("gorilla", "testdata/gorilla") }),
 	"linux/amd64":   sync.OnceValues(func() (string, error) { return goBuild("linux/amd64", ".") }),

@@ -202,8 +202,8 @@ func (l *link) status() statusError {
 	return statusError{code, strconv.QuoteToASCII(line)}
 }
 
-// open does the TLS and the websocket handshake as a client.
-func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool) (*websocket.Conn, error) {
+// open does the TLS and the websocket handshake as a client. It takes header.
+func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool, header http.Header) (*websocket.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	origin := url.URL{Scheme: "http", Host: u.Host}
@@ -222,7 +222,7 @@ func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool) (*web
 	}
 	release := onDone(ctx, func() { l.SetDeadline(past) })
 	config := &websocket.Config{
-		Location: u, Origin: &origin, Version: websocket.ProtocolVersionHybi13, Header: http.Header{},
+		Location: u, Origin: &origin, Version: websocket.ProtocolVersionHybi13, Header: header,
 	}
 	if u.User != nil {
 		password, _ := u.User.Password()
@@ -583,14 +583,19 @@ func (d *destination) count() (c counters, queued int) {
 	return c, queued
 }
 
-// run keeps a connection to the relay up. The log is told of a failure once,
-// until a connection has been healthy.
+// run sends until ctx is done.
 func (d *destination) run(ctx context.Context) {
 	defer d.hush()
+	d.keepUp(ctx, d.connect)
+}
+
+// keepUp keeps a connection to the relay up. The log is told of a failure once,
+// until a connection has been healthy.
+func (d *destination) keepUp(ctx context.Context, connect func(ctx context.Context, tell bool) (healthy bool, err error)) {
 	var b backoff
 	told := "" // the last failure that the log was told
 	for {
-		healthy, err := d.connect(ctx, told == "")
+		healthy, err := connect(ctx, told == "")
 		if errors.Is(err, errTakenOver) || ctx.Err() != nil {
 			d.log.Info("destination ended", "err", err)
 			return
@@ -630,21 +635,15 @@ func failure(err error) string {
 	return err.Error()
 }
 
-// connect is one connection: dial, handshake, send. healthy tells whether it
+// connect is one connection: open, then send. healthy tells whether it
 // was open for 5 s; the error, never nil, why it ended.
 func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err error) {
-	conn, err := d.reach(ctx, d.url)
-	if err != nil {
-		return false, err
-	}
-	l := newLink(conn, d.log)
-	l.silence = maxSilence
+	var l *link
 	var ws *websocket.Conn
 	var opening sync.WaitGroup
-	opening.Go(func() { ws, err = l.open(ctx, d.url, d.roots) }) // the stack that it grows ends with it
+	opening.Go(func() { l, ws, err = d.open(ctx) }) // the stack that it grows ends with it
 	opening.Wait()
 	if err != nil {
-		conn.Close()
 		return false, err
 	}
 	s := l.subscribe(masked, d.maxLag)
@@ -710,7 +709,7 @@ func refused(err error) bool {
 	if errors.As(err, &status) {
 		return status.code == 401 || status.code == 403 || status.code == 404 || status.code == 407
 	}
-	return errors.As(err, new(*tls.CertificateVerificationError))
+	return errors.As(err, new(*tls.CertificateVerificationError)) || errors.As(err, new(tokenRefused))
 }
 
 // shown is the URL of d without what may be secret.

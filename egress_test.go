@@ -27,10 +27,15 @@ func accept(conn net.Conn) (*bufio.Reader, error) {
 	if err != nil {
 		return nil, err
 	}
+	return r, upgradeTo(conn, request)
+}
+
+// upgradeTo answers the request of a handshake.
+func upgradeTo(conn net.Conn, request *http.Request) error {
 	sum := sha1.Sum([]byte(request.Header.Get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
-	_, err = fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n",
+	_, err := fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n",
 		base64.StdEncoding.EncodeToString(sum[:]))
-	return r, err
+	return err
 }
 
 // readFrame reads one masked frame. RFC 6455 5.2.
@@ -131,7 +136,7 @@ func (l *lab) close() {
 // send sets destination 0.
 func (l *lab) send(source, url string) {
 	l.t.Helper()
-	if _, err := l.setDestination(destinationRule{"0", source, url}); err != nil {
+	if _, err := l.setDestination(destinationRule{ID: "0", Stream: source, Destination: url}); err != nil {
 		l.t.Fatal(err)
 	}
 }

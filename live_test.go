@@ -221,7 +221,7 @@ func realRules(t *testing.T, log io.Writer) (*rules, context.Context, *sync.Wait
 
 func (r *rules) to(t *testing.T, id id, source, url string) {
 	t.Helper()
-	if _, err := r.setDestination(destinationRule{id, source, url}); err != nil {
+	if _, err := r.setDestination(destinationRule{ID: id, Stream: source, Destination: url}); err != nil {
 		t.Fatal(err)
 	}
 }

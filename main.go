@@ -157,6 +157,10 @@ func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logge
 	}
 	s := newServer(work, r, set.token, log)
 	s.player, _ = newPlayer(set.player)
+	s.port = listeners[0].Addr().(*net.TCPAddr).Port
+	if set.api != "" {
+		s.startControl(set.control())
+	}
 	h := &http.Server{
 		Handler:           s,
 		ReadHeaderTimeout: 10 * time.Second,
@@ -243,6 +247,8 @@ type settings struct {
 	port       int    // 0: any that is free
 	logLevel   slog.Level
 	token      string
+	api        string // URL that commands come from; "": none
+	apiToken   string
 	state      string // file; "": none
 	maxLag     time.Duration
 	player     string // "": the default
@@ -276,6 +282,14 @@ var variables = []variable{
 	}},
 	{"VW_TOKEN", "", "none", "what peers that are not loopback must present", func(s *settings, v string) (string, bool) {
 		s.token = v
+		return "", true
+	}},
+	{"VW_API", "", "none", "websocket to dial for commands", func(s *settings, v string) (string, bool) {
+		s.api = v
+		return "", true // checked below, with the token
+	}},
+	{"VW_API_TOKEN", "", "none", "token for it", func(s *settings, v string) (string, bool) {
+		s.apiToken = v
 		return "", true
 	}},
 	{"VW_STATE", "", "none", "file in which the rules survive a restart", func(s *settings, v string) (string, bool) {
@@ -323,6 +337,11 @@ func readSettings(env []string) (settings, []string, error) {
 		}
 		if allowed, ok := variables[i].read(&s, value); !ok {
 			return s, nil, fmt.Errorf("%s=%q: it must be %s", name, value, allowed)
+		}
+	}
+	if s.api != "" { // no value in the error: it may be a secret
+		if err := s.control().cleanControl(); err != nil {
+			return s, nil, fmt.Errorf("VW_API, VW_API_TOKEN: %w", err)
 		}
 	}
 	return s, warnings, nil

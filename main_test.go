@@ -197,6 +197,9 @@ func TestRun(t *testing.T) {
 		{"unknown host", []string{"stream"}, []string{"VW_PORT=0", "VW_HOST=nowhere.invalid"}, 2, "", `VW_HOST="nowhere.invalid": `},
 		{"state", []string{"stream"}, []string{"VW_PORT=0", "VW_STATE=" + damaged}, 2, "", "line 2: it is missing"},
 		{"no folder", []string{"stream"}, []string{"VW_PORT=0", "VW_STATE=/no/such/folder/f"}, 2, "", `VW_STATE="/no/such/folder/f": open `},
+		{"api", []string{"stream"}, []string{"VW_API=ftp://me:pass@relay/"}, 2, "", `VW_API, VW_API_TOKEN: destination "…": the scheme is "ftp"`},
+		{"api without token", []string{"stream"}, []string{"VW_API=https://relay/"}, 2, "", `VW_API, VW_API_TOKEN: destination "https://relay/": the scheme is "https", which needs a "token"`},
+		{"api token", []string{"stream"}, []string{"VW_API=ws://relay/", "VW_API_TOKEN=a b"}, 2, "", "VW_API, VW_API_TOKEN: token: it must be"},
 		{"profile", []string{"stream"}, []string{"VW_CPUPROFILE=/no/such/folder/f"}, 2, "", "VW_CPUPROFILE"},
 	}
 	for _, tt := range tests {

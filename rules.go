@@ -30,9 +30,11 @@ type streamRule struct {
 
 // destinationRule sends a feed or stream to a relay.
 type destinationRule struct {
-	ID          id     `json:"id"`
-	Stream      string `json:"stream"`
-	Destination string `json:"destination"`
+	ID          id      `json:"id"`
+	Stream      string  `json:"stream"`
+	Destination string  `json:"destination"`
+	Token       string  `json:"token,omitempty"`   // a secret
+	Headers     headers `json:"headers,omitempty"` // their values are secrets
 }
 
 // id names a destination. In JSON a string, or a number as it is written.
@@ -149,23 +151,35 @@ func (r destinationRule) clean() (destinationRule, *url.URL, error) {
 	if err != nil {
 		return none, nil, err
 	}
-	u, err := url.Parse(r.Destination)
-	shown := withoutSecrets(r.Destination)
-	switch {
-	case len(r.Destination) > maxURL:
-		return none, nil, invalid("destination %.100q: the URL has %d bytes, at most %d are allowed", shown, len(r.Destination), maxURL)
-	case err != nil || strings.ContainsFunc(r.Destination, func(c rune) bool { return c <= ' ' || c >= 0x7f }):
-		return none, nil, invalid("destination %.100q: not a URL", shown)
-	case u.Scheme != "ws" && u.Scheme != "wss":
-		return none, nil, invalid("destination %.100q: the scheme is %q, it must be ws or wss", shown, u.Scheme)
-	case u.Hostname() == "":
-		return none, nil, invalid("destination %.100q: the host is missing", shown)
-	case u.Fragment != "" || strings.Contains(r.Destination, "#"): // RFC 6455 3
-		return none, nil, invalid("destination %.100q: a websocket URL has no fragment (#)", shown)
-	case !validPort(u.Port()):
-		return none, nil, invalid("destination %.100q: the port is %s, it must be 1 to 65535", shown, u.Port())
+	u, err := cleanURL(r.Destination)
+	if err != nil {
+		return none, nil, err
 	}
-	return destinationRule{id(name), source, r.Destination}, u, nil
+	if err := r.cleanSecrets(u); err != nil {
+		return none, nil, err
+	}
+	return destinationRule{id(name), source, r.Destination, r.Token, r.Headers}, u, nil
+}
+
+// cleanURL checks the URL of a relay.
+func cleanURL(raw string) (*url.URL, error) {
+	u, err := url.Parse(raw)
+	shown := withoutSecrets(raw)
+	switch {
+	case len(raw) > maxURL:
+		return nil, invalid("destination %.100q: the URL has %d bytes, at most %d are allowed", shown, len(raw), maxURL)
+	case err != nil || strings.ContainsFunc(raw, func(c rune) bool { return c <= ' ' || c >= 0x7f }):
+		return nil, invalid("destination %.100q: not a URL", shown)
+	case u.Scheme != "ws" && u.Scheme != "wss" && u.Scheme != "http" && u.Scheme != "https":
+		return nil, invalid("destination %.100q: the scheme is %q, it must be ws or wss, or with a token http or https", shown, u.Scheme)
+	case u.Hostname() == "":
+		return nil, invalid("destination %.100q: the host is missing", shown)
+	case u.Fragment != "" || strings.Contains(raw, "#"): // RFC 6455 3
+		return nil, invalid("destination %.100q: a websocket URL has no fragment (#)", shown)
+	case !validPort(u.Port()):
+		return nil, invalid("destination %.100q: the port is %s, it must be 1 to 65535", shown, u.Port())
+	}
+	return u, nil
 }
 
 // withoutSecrets is what an error may say of a URL, which need not be one: no
@@ -418,15 +432,15 @@ func await(words []<-chan struct{}) {
 }
 
 // setDestination adds or changes a destination. The same rule again changes
-// nothing.
+// nothing; *** keeps a secret as it is.
 func (r *rules) setDestination(rule destinationRule) (destinationRule, error) {
-	rule, _, err := rule.clean()
-	if err != nil {
-		return rule, err
-	}
 	r.storing.Lock()
 	defer r.storing.Unlock()
 	set := r.set()
+	rule, _, err := rule.keep(set.destinations[strings.TrimPrefix(string(rule.ID), "/")]).clean()
+	if err != nil {
+		return rule, err
+	}
 	old, known := set.destinations[string(rule.ID)]
 	if known && old == rule && !r.behind.Load() {
 		return rule, nil
@@ -579,7 +593,7 @@ func decode(b []byte, v any) error {
 		return invalid("JSON: %.200s", strings.TrimPrefix(err.Error(), "json: "))
 	}
 	if len(bytes.TrimSpace(b[d.InputOffset():])) > 0 {
-		return invalid("JSON: more after the end of the rule: %.40q", bytes.TrimSpace(b[d.InputOffset():]))
+		return invalid("JSON: more after the end of the rule, from byte %d on", d.InputOffset()) // not what: it may be a secret
 	}
 	return nil
 }

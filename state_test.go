@@ -123,15 +123,15 @@ func TestState(t *testing.T) {
 		func() error { _, err := r.setStream(streamRule{"stream/a", []string{"video0"}}); return err },
 		func() error { _, err := r.setStream(streamRule{"stream/b", []string{}}); return err },
 		func() error {
-			_, err := r.setDestination(destinationRule{"0", "stream/a", "ws://relay.invalid/"})
+			_, err := r.setDestination(destinationRule{ID: "0", Stream: "stream/a", Destination: "ws://relay.invalid/"})
 			return err
 		},
 		func() error {
-			_, err := r.setDestination(destinationRule{"0", "stream/a", "ws://other.invalid/"})
+			_, err := r.setDestination(destinationRule{ID: "0", Stream: "stream/a", Destination: "ws://other.invalid/"})
 			return err
 		},
 		func() error {
-			_, err := r.setDestination(destinationRule{"1", "video0", "ws://other.invalid/"})
+			_, err := r.setDestination(destinationRule{ID: "1", Stream: "video0", Destination: "ws://other.invalid/"})
 			return err
 		},
 		func() error { return r.deleteDestination("0") },
@@ -171,8 +171,8 @@ func TestStateReadOnly(t *testing.T) {
 		defer end()
 		r.setStream(streamRule{"stream/a", []string{"video0", "audio0"}})
 		r.setStream(streamRule{"stream/b", []string{"video1"}})
-		r.setDestination(destinationRule{"0", "stream/a", "ws://relay.invalid/"})
-		r.setDestination(destinationRule{"1", "stream/a", "ws://relay.invalid/"})
+		r.setDestination(destinationRule{ID: "0", Stream: "stream/a", Destination: "ws://relay.invalid/"})
+		r.setDestination(destinationRule{ID: "1", Stream: "stream/a", Destination: "ws://relay.invalid/"})
 		stored, was := onDisk(t, file), r.set()
 		os.Chmod(file, 0o400)
 		s := newServer(t.Context(), r, "", discardLog)
@@ -214,7 +214,7 @@ func TestStateSlowDisk(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "state")
 	r, _ := keepRules(t, file)
 	r.setStream(streamRule{"stream/a", []string{"video0", "audio0"}})
-	r.setDestination(destinationRule{"0", "stream/a", "ws://relay.invalid/"})
+	r.setDestination(destinationRule{ID: "0", Stream: "stream/a", Destination: "ws://relay.invalid/"})
 	if err := syscall.Mkfifo(file+".new", 0o600); err != nil { // its open hangs until somebody reads
 		t.Fatal(err)
 	}

@@ -1,0 +1,271 @@
+// The control link: a websocket that vw dials, and on which others give it the
+// commands that the HTTP API takes. It is listed as a destination, and has
+// nothing in common with one: no feed goes out on it, and none comes in.
+//
+// A command is a JSON object in a text message, and is answered with one text
+// message. A relay may put messages together, so there may be several commands
+// in one. The next is read when the answer to the last is queued: a thousand
+// at once are a thousand answers, and a controller that does not read waits.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"net/url"
+	"time"
+
+	"golang.org/x/net/websocket"
+)
+
+const (
+	controlID = "apiRule"
+
+	maxMessage = 1 << 20 // bytes of commands in a message; each has at most maxBody
+)
+
+// control is the control link.
+type control struct {
+	*destination // for its open and keepUp
+	server       *server
+}
+
+// control returns the rule of the control link.
+func (s settings) control() destinationRule {
+	return destinationRule{ID: controlID, Stream: "api", Destination: s.api, Token: s.apiToken}
+}
+
+// cleanControl checks the rule of a control link.
+func (r destinationRule) cleanControl() error {
+	u, err := cleanURL(r.Destination)
+	if err != nil {
+		return err
+	}
+	return r.cleanSecrets(u)
+}
+
+// startControl keeps a control link up until s ends. The rule is clean.
+func (s *server) startControl(rule destinationRule) {
+	u, err := url.Parse(rule.Destination)
+	if err != nil {
+		panic(err) // a rule is clean
+	}
+	r := s.rules
+	d := &destination{rule: rule, url: u, dial: r.dial, proxy: r.proxy, roots: r.roots}
+	d.log = r.log.With("dest", controlID, "url", d.shown())
+	s.control = &control{d, s}
+	r.tasks.Go(func() { s.control.keepUp(s.ctx, s.control.connect) })
+}
+
+// connect is one connection, as destination.connect.
+func (c *control) connect(ctx context.Context, tell bool) (healthy bool, err error) {
+	l, ws, err := c.open(ctx)
+	if err != nil {
+		return false, err
+	}
+	opened := time.Now()
+	if tell {
+		c.log.Info("connected")
+	} else {
+		defer time.AfterFunc(healthyAfter, func() { c.log.Info("connected again") }).Stop()
+	}
+	writing, cancel := context.WithCancel(ctx)
+	defer cancel()
+	err = l.serve(ctx, l.subscribe(masked, 0), func() error { return c.obey(writing, l, ws) }, cancel)
+	return time.Since(opened) >= healthyAfter, lost{err}
+}
+
+// obey reads commands and queues answers until the connection ends, or ctx.
+func (c *control) obey(ctx context.Context, l *link, ws *websocket.Conn) error {
+	in := inbox{ws: ws, limit: maxMessage}
+	for {
+		opcode, b, err := in.next()
+		switch {
+		case err == errTooLong:
+			err = invalid("message: more than %d bytes", maxMessage)
+		case err != nil:
+			return err
+		case opcode == opPong:
+			continue
+		case opcode != opText:
+			err = invalid("message: it is binary, a command is text")
+		}
+		for answer := range c.server.answers(b, err) {
+			select {
+			case l.control <- appendFrame(nil, opText, answer, l.masks):
+				l.wake()
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		}
+	}
+}
+
+// answers carries out the commands in a message, one after the other, and
+// ranges over their answers; err is what is wrong with the message. What is no
+// JSON object ends it: nobody knows what comes after that.
+func (s *server) answers(message []byte, err error) iter.Seq[[]byte] {
+	return func(yield func([]byte) bool) {
+		d := json.NewDecoder(bytes.NewReader(message))
+		for n := 0; err == nil; n++ {
+			var command json.RawMessage
+			err = d.Decode(&command)
+			switch {
+			case err == io.EOF && n > 0:
+				return
+			case err != nil:
+				err = invalid("JSON: %.200s", err)
+			case command[0] != '{':
+				err = invalid("command %.40q: it must be an object", command)
+			default:
+				if a := s.answer(command); a != nil && !yield(a) {
+					return
+				}
+			}
+		}
+		yield(encode(map[string]string{"error": err.Error()}))
+	}
+}
+
+// answer carries out one command, and returns its answer; nil: it was no
+// command. Another vw on the same path sees our answers: if both answered what
+// is an error, they would never stop.
+func (s *server) answer(command []byte) []byte {
+	var with struct{ Verb, Ref, Error json.RawMessage }
+	json.Unmarshal(command, &with) // as much as there is
+	if with.Error != nil && with.Verb == nil {
+		return nil
+	}
+	v, err := s.do(command)
+	if err != nil {
+		v = map[string]string{"error": err.Error()}
+	}
+	b := encode(v)
+	if with.Ref != nil {
+		b = b[:len(b)-1]
+		if len(b) > 1 {
+			b = append(b, ',')
+		}
+		b = fmt.Appendf(b, `"ref":%s}`, encode(with.Ref))
+	}
+	return b
+}
+
+// reports are the commands that are nothing but a verb; the answer is an
+// object with the verb as its one key.
+var reports = map[string]func(*server) (any, error){
+	"healthcheck": func(*server) (any, error) { return "ok", nil },
+	"devices":     func(s *server) (any, error) { return listDevices("/", s.port) },
+	"stats":       func(s *server) (any, error) { return s.stats(), nil },
+}
+
+// do carries out one command. Its answer is an object.
+func (s *server) do(command []byte) (any, error) {
+	if len(command) > maxBody {
+		return nil, invalid("command: more than %d bytes", maxBody)
+	}
+	var c struct {
+		Verb  string          `json:"verb"`
+		What  string          `json:"what"`
+		Which string          `json:"which"`
+		Rule  json.RawMessage `json:"rule"`
+		Ref   json.RawMessage `json:"ref"`
+	}
+	if err := decode(command, &c); err != nil {
+		return nil, err
+	}
+	if report := reports[c.Verb]; report != nil {
+		v, err := report(s)
+		return map[string]any{c.Verb: v}, err
+	}
+	do := map[string]func(string) (any, error){
+		"list stream":        s.listStream,
+		"list destination":   s.listDestination,
+		"delete stream":      s.dropStream,
+		"delete destination": s.dropDestination,
+	}[c.Verb+" "+c.What]
+	switch {
+	case do != nil:
+		return do(c.Which)
+	case c.Verb == "add" && (c.What == "stream" || c.What == "destination") && c.Rule == nil:
+		return nil, invalid(`add %s: "rule" is missing`, c.What)
+	case c.Verb == "add" && c.What == "stream":
+		var rule streamRule
+		if err := decode(c.Rule, &rule); err != nil {
+			return nil, err
+		}
+		return s.rules.setStream(rule)
+	case c.Verb == "add" && c.What == "destination":
+		var rule destinationRule
+		if err := decode(c.Rule, &rule); err != nil {
+			return nil, err
+		}
+		rule, err := s.rules.setDestination(rule)
+		return rule.shown(), err
+	case c.Verb == "add" || c.Verb == "list" || c.Verb == "delete":
+		return nil, invalid("%s %.40q: it must be stream or destination", c.Verb, c.What)
+	}
+	return nil, invalid("verb %.40q: there is no such command", c.Verb)
+}
+
+func (s *server) listStream(which string) (any, error) {
+	if which == "all" {
+		return s.rules.allStreams(), nil
+	}
+	name, err := cleanStream(which)
+	if err != nil {
+		return nil, err
+	}
+	feeds, err := s.rules.stream(name)
+	if errors.Is(err, errNotFound) {
+		err = nil
+	}
+	return map[string][]string{"feeds": feeds}, err
+}
+
+func (s *server) listDestination(which string) (any, error) {
+	switch {
+	case which == "all":
+		return s.shownDestinations(), nil
+	case which == controlID && s.control != nil:
+		return s.control.rule.shown(), nil
+	}
+	name, err := cleanName("id", which)
+	if err != nil {
+		return nil, err
+	}
+	rule, err := s.rules.destination(name)
+	return rule.shown(), err
+}
+
+func (s *server) dropStream(which string) (any, error) {
+	if which == "all" {
+		return deleted("deleteAll"), s.rules.deleteStreams()
+	}
+	name, err := cleanStream(which)
+	if err != nil {
+		return nil, err
+	}
+	return deleted(name), s.rules.deleteStream(name)
+}
+
+func (s *server) dropDestination(which string) (any, error) {
+	switch which {
+	case "all":
+		return deleted("deleteAll"), s.rules.deleteDestinations()
+	case controlID:
+		return nil, invalid("Cannot delete %s", controlID)
+	}
+	name, err := cleanName("id", which)
+	if err != nil {
+		return nil, err
+	}
+	return deleted(name), s.rules.deleteDestination(name)
+}
+
+func deleted(what string) any { return map[string]string{"deleted": what} }

@@ -1,0 +1,345 @@
+package main
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/net/websocket"
+)
+
+// TestCommands is the contract of the control link, row by row, byte for byte.
+func TestCommands(t *testing.T) {
+	s := newTestServer(t, "")
+	s.startControl(destinationRule{ID: controlID, Stream: "api", Destination: "ws://me:pass@127.0.0.1:1/control", Token: "t"})
+	const (
+		api  = `"apiRule":{"id":"apiRule","stream":"api","destination":"ws://***@127.0.0.1:1/control","token":"***"}`
+		dest = `{"id":"0","stream":"stream/x","destination":"ws://127.0.0.1:1/?a=<1>","token":"***"}`
+	)
+	add := func(what, rule string) string { return `{"verb":"add","what":"` + what + `","rule":` + rule + `}` }
+	wrong := func(text string) string { return `{"error":"` + strings.ReplaceAll(text, `"`, `\"`) + `"}` }
+	steps := []struct{ message, want string }{
+		{`{"verb":"healthcheck"}`, `{"healthcheck":"ok"}`},
+		{add("stream", `{"stream":"/stream/x","feeds":["video0","audio0"]}`), `{"stream":"stream/x","feeds":["video0","audio0"]}`},
+		{add("stream", `{"stream":"stream/y","feeds":[]}`), `{"stream":"stream/y","feeds":[]}`},
+		{`{"verb":"list","what":"stream","which":"stream/x"}`, `{"feeds":["video0","audio0"]}`},
+		{`{"verb":"list","what":"stream","which":"/stream/y"}`, `{"feeds":[]}`},
+		{`{"verb":"list","what":"stream","which":"stream/none"}`, `{"feeds":null}`},
+		{`{"verb":"list","what":"stream","which":"all"}`, `{"stream/x":["video0","audio0"],"stream/y":[]}`},
+		{`{"verb":"list","what":"stream","which":"x"}`, wrong(`stream "x": the name of a stream begins with stream/`)},
+		{`{"verb":"list","what":"stream"}`, wrong(`stream: the name is missing`)},
+		{add("destination", `{"id":0,"stream":"stream/x","destination":"ws://127.0.0.1:1/?a=<1>","token":"secret"}`), dest},
+		{`{"verb":"list","what":"destination","which":"0"}`, dest},
+		{`{"verb":"list","what":"destination","which":"1"}`, wrong(`destination "1": there is none`)},
+		{`{"verb":"list","what":"destination","which":"all"}`, `{"0":` + dest + `,` + api + `}`},
+		{`{"verb":"list","what":"destination","which":"apiRule"}`, strings.TrimPrefix(api, `"apiRule":`)},
+
+		{`{"verb":"delete","what":"destination","which":"apiRule"}`, wrong("Cannot delete apiRule")},
+		{add("destination", `{"id":"apiRule","stream":"x","destination":"ws://a"}`), wrong(`id "apiRule": the name is reserved`)},
+		{add("destination", `{"id":"/apiRule","stream":"x","destination":"ws://a"}`), wrong(`id "apiRule": the name is reserved`)},
+		{add("stream", `{"stream":"apiRule","feeds":[]}`), wrong(`stream "apiRule": the name is reserved`)},
+
+		{`{"verb":"healthcheck","ref":7}`, `{"healthcheck":"ok","ref":7}`},
+		{`{"ref":{"a":[1,"<x>"]},"verb":"nope"}`, `{"error":"verb \"nope\": there is no such command","ref":{"a":[1,"<x>"]}}`},
+		{`{"verb":"healthcheck","ref":null}`, `{"healthcheck":"ok","ref":null}`},
+		{`{"ref":1,"verb":7}`, `{"error":"JSON: cannot unmarshal number into Go struct field .verb of type string","ref":1}`},
+		{"{\"verb\":\"healthcheck\",\"ref\":[1,\n2]}", `{"healthcheck":"ok","ref":[1,2]}`},
+
+		{`{"verb":"healthcheck","ref":1}{"verb":"healthcheck","ref":2}` + "\n" + `{"verb":"healthcheck"}` + "\n",
+			`{"healthcheck":"ok","ref":1} {"healthcheck":"ok","ref":2} {"healthcheck":"ok"}`},
+		{`{"verb":"nope"}{"verb":"healthcheck"}`, wrong(`verb "nope": there is no such command`) + ` {"healthcheck":"ok"}`},
+		{`{"verb":"healthcheck"} garbage {"verb":"healthcheck"}`, `{"healthcheck":"ok"} ` + wrong(`JSON: invalid character 'g' looking for beginning of value`)},
+		{`1 2 3`, wrong(`command "1": it must be an object`)},
+		{``, wrong("JSON: EOF")},
+		{`{"verb":"healthcheck"`, wrong("JSON: unexpected EOF")},
+		{"\xff\x00", wrong(`JSON: invalid character 'ÿ' looking for beginning of value`)},
+		{`{}`, wrong(`verb "": there is no such command`)},
+		{`{"verb":"healthcheck","more":1}`, wrong(`JSON: unknown field "more"`)},
+		{`{"verb":"add","what":"stream"}`, wrong(`add stream: "rule" is missing`)},
+		{`{"verb":"add","what":"feed","rule":{}}`, wrong(`add "feed": it must be stream or destination`)},
+		{`{"verb":"list","which":"all"}`, wrong(`list "": it must be stream or destination`)},
+		{add("stream", `{"stream":"stream/x","feeds":["a"],"x":1}`), wrong(`JSON: unknown field "x"`)},
+		{add("stream", `{"stream":"stream/x"}`), wrong(`stream "stream/x": "feeds" is missing; [] mutes everything`)},
+		{add("stream", `null`), wrong(`stream: the name is missing`)},
+		{add("stream", `{"stream":"`+strings.Repeat("x", maxBody)+`"}`), wrong("command: more than 65536 bytes")},
+
+		// The answer of another vw that hears us; to an error nothing is said.
+		{`{"healthcheck":"ok"}`, wrong(`JSON: unknown field "healthcheck"`)},
+		{`{"error":"JSON: unknown field","ref":1}`, ``},
+
+		{`{"verb":"delete","what":"stream","which":"/stream/y"}`, `{"deleted":"stream/y"}`},
+		{`{"verb":"delete","what":"stream","which":"stream/y"}`, wrong(`stream "stream/y": there is none`)},
+		{`{"verb":"delete","what":"stream","which":"all"}`, `{"deleted":"deleteAll"}`},
+		{`{"verb":"list","what":"stream","which":"all"}`, `{}`},
+		{`{"verb":"delete","what":"destination","which":"0"}`, `{"deleted":"0"}`},
+		{`{"verb":"delete","what":"destination","which":"0"}`, wrong(`destination "0": there is none`)},
+		{`{"verb":"delete","what":"destination","which":"all"}`, `{"deleted":"deleteAll"}`},
+		{`{"verb":"list","what":"destination","which":"all"}`, `{` + api + `}`},
+	}
+	for i, step := range steps {
+		var got []string
+		for a := range s.answers([]byte(step.message), nil) {
+			got = append(got, string(a))
+			if !json.Valid(a) {
+				t.Errorf("step %d: not JSON: %s", i, a)
+			}
+		}
+		if got := strings.Join(got, " "); got != step.want {
+			t.Errorf("step %d, %.100s\n got %s\nwant %s", i, step.message, got, step.want)
+		}
+	}
+	if got, want := ask(s, "GET /api/destinations/all"), "200 {"+api+"}"; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+func FuzzCommands(f *testing.F) {
+	f.Add(`{"verb":"healthcheck","ref":1}{"verb":"list","what":"stream","which":"all"}`)
+	f.Add(`{"verb":"add","what":"stream","rule":{"stream":"stream/x","feeds":["a"]}}`)
+	f.Add(`{"verb":"delete","what":"destination","which":"all"} [`)
+	s := newServer(context.Background(), newRules(context.Background(), newMux(), time.Second, discardLog), "", discardLog)
+	f.Fuzz(func(t *testing.T, message string) {
+		if strings.Contains(message, "destination") && strings.Contains(message, "add") {
+			return // it would dial
+		}
+		n := 0
+		for a := range s.answers([]byte(message), nil) {
+			n++
+			var object map[string]any
+			if err := json.Unmarshal(a, &object); err != nil || object == nil {
+				t.Errorf("%q: the answer %q is no object", message, a)
+			}
+		}
+		if n > len(message)/2+1 {
+			t.Errorf("%q: got %d answers", message, n)
+		}
+	})
+}
+
+// relaySecret signs the tokens that testdata/tokenrelay takes.
+const relaySecret = "tokenrelay's secret"
+
+func relayToken(path string, lasts time.Duration) string {
+	part := func(v any) string {
+		b, _ := json.Marshal(v)
+		return base64.RawURLEncoding.EncodeToString(b)
+	}
+	text := part(map[string]string{"alg": "HS256", "typ": "JWT"}) + "." + part(map[string]any{"aud": path, "exp": time.Now().Add(lasts).Unix()})
+	h := hmac.New(sha256.New, []byte(relaySecret))
+	h.Write([]byte(text))
+	return text + "." + base64.RawURLEncoding.EncodeToString(h.Sum(nil))
+}
+
+// startTokenRelay starts testdata/tokenrelay on addr.
+func startTokenRelay(t *testing.T, addr string, args ...string) (relay *process, at string) {
+	t.Helper()
+	relay = start(t, "tokenrelay", exec.Command(build(t, "tokenrelay"), append([]string{"-listen", addr}, args...)...))
+	return relay, relay.expect(t, 0, startupTime, `^(127\.0\.0\.1:\d+)\n`)[1]
+}
+
+// controller is somebody on the path of a control link.
+type controller struct {
+	*websocket.Conn
+	in inbox
+}
+
+func newController(t *testing.T, url string) *controller {
+	t.Helper()
+	ws, err := websocket.Dial(url, "", "http://controller")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ws.Close() })
+	ws.SetReadDeadline(time.Now().Add(time.Minute))
+	return &controller{ws, inbox{ws: ws, limit: 16 << 20}}
+}
+
+func (c *controller) send(t *testing.T, message any) {
+	t.Helper()
+	if err := websocket.Message.Send(c.Conn, message); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// answers reads n answers; a relay may put several into a message.
+func (c *controller) answers(t *testing.T, n int) (all []string) {
+	t.Helper()
+	for len(all) < n {
+		_, b, err := c.in.next()
+		if err != nil {
+			t.Fatalf("got %d answers, then %v; want %d", len(all), err, n)
+		}
+		for d := json.NewDecoder(strings.NewReader(string(b))); d.More(); {
+			var a json.RawMessage
+			if err := d.Decode(&a); err != nil {
+				t.Fatalf("%q: %v", b, err)
+			}
+			all = append(all, string(a))
+		}
+	}
+	return all
+}
+
+// ask sends one command and returns its answer.
+func (c *controller) ask(t *testing.T, message any) string {
+	t.Helper()
+	c.send(t, message)
+	return c.answers(t, 1)[0]
+}
+
+// TestE2EControl: a controller on a relay that is not ours. A thousand commands
+// at full speed are a thousand answers in their order; what is not a command
+// is refused, and the link stays; so it does when everything is deleted.
+func TestE2EControl(t *testing.T) {
+	_, relay := startTokenRelay(t, "127.0.0.1:0")
+	v := startVW(t, "VW_API=ws://"+relay+"/control")
+	v.expect(t, 0, startupTime, `msg=connected dest=apiRule `)
+	c := newController(t, "ws://"+relay+"/control")
+	if got, want := c.ask(t, `{"verb":"add","what":"stream","rule":{"stream":"stream/x","feeds":["video0","audio0"]}}`), `{"stream":"stream/x","feeds":["video0","audio0"]}`; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	c.ask(t, `{"verb":"add","what":"stream","rule":{"stream":"stream/x","feeds":["video0"]}}`)
+	if got, want := v.call(t, http.StatusOK, "GET", "/api/streams/stream/x", ""), `["video0"]`; got != want {
+		t.Errorf("after the mute: got %s, want %s", got, want)
+	}
+	const n = 1000
+	sent := make(chan error, 1)
+	go func() {
+		var err error
+		for i := 0; i < n && err == nil; i++ {
+			command := fmt.Sprintf(`{"verb":"add","what":"stream","rule":{"stream":"stream/%d","feeds":[]},"ref":%d}`, i%100, i)
+			switch i % 4 {
+			case 1:
+				command = fmt.Sprintf(`{"verb":"list","what":"stream","which":"all","ref":%d}`, i)
+			case 2:
+				command = fmt.Sprintf(`{"verb":"nope","ref":%d}`, i)
+			}
+			err = websocket.Message.Send(c.Conn, command)
+		}
+		sent <- err
+	}()
+	for i, a := range c.answers(t, n) {
+		if !strings.HasSuffix(a, fmt.Sprintf(`,"ref":%d}`, i)) || (i%4 == 2) != strings.HasPrefix(a, `{"error":`) {
+			t.Fatalf("answer %d is %.200s", i, a)
+		}
+	}
+	if err := <-sent; err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name    string
+		message any
+		want    string
+	}{
+		{"garbage", "\x00garbage", "JSON"},
+		{"binary", []byte(`{"verb":"healthcheck"}`), "binary"},
+		{"1 MB", strings.Repeat("x", 1000000), "JSON"},
+		{"2 MB", strings.Repeat("x", 2<<20), "more than 1048576 bytes"},
+		{"a command of 100 KB", `{"verb":"` + strings.Repeat("x", 100000) + `"}`, "more than 65536 bytes"},
+		{"deep", strings.Repeat("[", 100000), "JSON"},
+	} {
+		if got := c.ask(t, tt.message); !strings.HasPrefix(got, `{"error":"`) || !strings.Contains(got, tt.want) || len(got) > 400 {
+			t.Errorf("%s: got %.400s, want an error with %q", tt.name, got, tt.want)
+		}
+	}
+	for _, feed := range []string{"api", "control"} { // no feed reaches the link: the next message is the next answer
+		p := startPost(t, v.addr, feed)
+		p.write(t, testClip(24, 500))
+		p.end(t)
+	}
+	for _, what := range []string{"stream", "destination"} {
+		if got, want := c.ask(t, `{"verb":"delete","what":"`+what+`","which":"all"}`), `{"deleted":"deleteAll"}`; got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+	}
+	if got, want := c.ask(t, `{"verb":"healthcheck"}`), `{"healthcheck":"ok"}`; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	if log := v.out.String(); strings.Count(log, "dest=apiRule") != 1 {
+		t.Errorf("got the log\n%swant one line of the link", log)
+	}
+}
+
+// TestE2ETokens: both dialects with a relay that is not ours: good, bad and
+// expired tokens, and its restart; the control link needs tokens too.
+func TestE2ETokens(t *testing.T) {
+	r, relay := startTokenRelay(t, "127.0.0.1:0", "-secret", relaySecret)
+	v := startVW(t, "VW_API=http://"+relay+"/session/control", "VW_API_TOKEN="+relayToken("/session/control", time.Hour))
+	v.expect(t, 0, startupTime, `msg=connected dest=apiRule `)
+	tests := []struct{ id, url, token, want string }{
+		{"good", "ws://" + relay + "/in/a", relayToken("/in/a", time.Hour), `msg=connected dest=good `},
+		{"bad", "ws://" + relay + "/in/a", "a.b.c", `dest=bad .* err="the relay refuses the token: \\"its signature is wrong\\""`},
+		{"old", "ws://" + relay + "/in/a", relayToken("/in/a", -time.Minute), `dest=old .* err="the relay refuses the token: \\"it has expired\\""`},
+		{"other", "ws://" + relay + "/in/a", relayToken("/in/b", time.Hour), `dest=other .* err="the relay refuses the token: \\"it is for /in/b, not /in/a\\""`},
+		{"http-good", "http://" + relay + "/session/a", relayToken("/session/a", time.Hour), `msg=connected dest=http-good `},
+		{"http-bad", "http://" + relay + "/session/a", "a.b.c", `dest=http-bad .*500 Internal Server Error\\": \\"its signature is wrong\\""`},
+		{"http-old", "http://" + relay + "/session/a", relayToken("/session/a", -time.Minute), `dest=http-old .*500 Internal Server Error\\": \\"it has expired\\""`},
+	}
+	for _, tt := range tests {
+		v.call(t, http.StatusOK, "POST", "/api/destinations", fmt.Sprintf(`{"id":%q,"stream":"video0","destination":%q,"token":%q}`, tt.id, tt.url, tt.token))
+		v.expect(t, 0, startupTime, tt.want)
+	}
+	for _, path := range []string{"/in/a", "/session/a", "/session/control"} {
+		r.expect(t, 0, startupTime, `open `+path+`\n`)
+	}
+	watch := func(url, token string) {
+		t.Helper()
+		if strings.HasPrefix(url, "http") {
+			d := &destination{rule: destinationRule{Token: token}}
+			d.url, _ = cleanURL(url)
+			d.dial = newRules(t.Context(), newMux(), time.Second, discardLog).dial
+			u, err := d.access(t.Context(), make(http.Header))
+			if err != nil {
+				t.Fatal(err)
+			}
+			url, token = u.String(), ""
+		}
+		c := newController(t, url)
+		if token != "" && !strings.Contains(c.ask(t, token), `"authorised":true`) {
+			t.Fatalf("%s: the viewer is refused", url)
+		}
+		p := startPost(t, v.addr, "video0")
+		defer p.end(t)
+		ended := make(chan struct{})
+		defer func() { <-ended }()
+		stop, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go func() {
+			defer close(ended)
+			for clip := testClip(12, 500); stop.Err() == nil; time.Sleep(20 * time.Millisecond) {
+				p.write(t, clip)
+			}
+		}()
+		if opcode, b, err := c.in.next(); opcode != opBinary || len(b)%packetSize != 0 || err != nil {
+			t.Errorf("%s: the viewer got %d, %d bytes (%v)", url, opcode, len(b), err)
+		}
+	}
+	watch("ws://"+relay+"/in/a", relayToken("/in/a", time.Hour))
+	watch("http://"+relay+"/session/a", relayToken("/session/a", time.Hour))
+
+	seen := v.out.len()
+	r.kill(t)
+	v.expect(t, seen, startupTime, `dest=good .*connection refused`)
+	r, _ = startTokenRelay(t, relay, "-secret", relaySecret)
+	for _, path := range []string{"/in/a", "/session/a", "/session/control"} {
+		r.expect(t, 0, startupTime, `open `+path+`\n`)
+	}
+	watch("ws://"+relay+"/in/a", relayToken("/in/a", time.Hour))
+	watch("http://"+relay+"/session/a", relayToken("/session/a", time.Hour))
+	for _, tt := range tests {
+		if strings.Contains(v.out.String(), tt.token) {
+			t.Errorf("the token of %s is in the log", tt.id)
+		}
+	}
+	if strings.Contains(v.out.String(), "code=") {
+		t.Error("a code is in the log")
+	}
+}

@@ -1,0 +1,278 @@
+// Dialects: how a relay wants to be shown a token, before media may flow.
+//
+// On ws and wss the token is the first text message, and a text message
+// answers whether it is good (crossbar). On http and https a POST with the
+// token is answered with the URL of a websocket, in which a code is good once
+// and for 30 s (practable). Without a token the handshake is all.
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"time"
+
+	"golang.org/x/net/websocket"
+)
+
+const (
+	maxAccess = 64 << 10 // bytes of answer to the POST
+
+	opText = 0x1 // RFC 6455 5.2
+)
+
+// tokenRefused: the relay does not want the token. It will not change its mind soon.
+type tokenRefused struct{ text string }
+
+func (e tokenRefused) Error() string { return e.text }
+
+// open connects to the relay, and returns when media may flow. It blocks for
+// 24 s at most, and ends with ctx. An error does not show a secret.
+func (d *destination) open(ctx context.Context) (l *link, ws *websocket.Conn, err error) {
+	secrets := d.rule.secrets()
+	defer func() { err = hide(err, secrets) }()
+	u, header := d.url, d.rule.Headers.http()
+	access := u.Scheme == "http" || u.Scheme == "https"
+	if access {
+		if u, err = d.access(ctx, header); err != nil {
+			return nil, nil, err
+		}
+		secrets = append(secrets, u.RawQuery)
+		for _, values := range u.Query() {
+			secrets = append(secrets, values...)
+		}
+	}
+	conn, err := d.reach(ctx, u)
+	if err != nil {
+		return nil, nil, err
+	}
+	l = newLink(conn, d.log)
+	l.silence = maxSilence
+	ws, err = l.open(ctx, u, d.roots, header)
+	switch {
+	case err != nil:
+	case access:
+		err = l.prove(ctx, ws)
+	case d.rule.Token != "":
+		err = l.present(ctx, ws, d.rule.Token)
+	}
+	if err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	return l, ws, nil
+}
+
+// access shows the token to an access point, and returns the websocket that
+// it allows, once, within 30 s.
+func (d *destination) access(ctx context.Context, header http.Header) (*url.URL, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout+handshakeTimeout)
+	defer cancel()
+	client := http.Client{
+		Transport: &http.Transport{
+			DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return d.reach(ctx, d.url) },
+			TLSClientConfig:        tlsConfig(d.url.Hostname(), d.roots),
+			DisableKeepAlives:      true,
+			MaxResponseHeaderBytes: maxHandshake,
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, d.url.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+	r.Header = header.Clone()
+	r.Header.Set("Authorization", d.rule.Token)
+	a, err := client.Do(r)
+	var b []byte
+	if err == nil {
+		defer a.Body.Close()
+		b, err = io.ReadAll(io.LimitReader(a.Body, maxAccess+1))
+	}
+	var quoting *url.Error // it quotes the URL
+	if errors.As(err, &quoting) {
+		err = quoting.Err
+	}
+	switch {
+	case ctx.Err() == context.DeadlineExceeded:
+		return nil, fmt.Errorf("access: %w within %v", errNoAnswer, dialTimeout+handshakeTimeout)
+	case errors.As(err, new(unreachable)):
+		return nil, err
+	case err != nil:
+		return nil, fmt.Errorf("access: %w", brief{plain(err)})
+	case len(b) > maxAccess:
+		return nil, fmt.Errorf("access: the answer is longer than %d bytes", maxAccess)
+	}
+	switch a.StatusCode {
+	case http.StatusOK:
+		return d.allowed(b)
+	case http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
+		return nil, statusError{a.StatusCode, fmt.Sprintf("%.80q", a.Status)}
+	}
+	said := string(b)
+	var answer struct{ Message string }
+	if json.Unmarshal(b, &answer) == nil {
+		said = answer.Message
+	} else {
+		json.Unmarshal(b, &said) // some come as a string; else said is as it was
+	}
+	return nil, tokenRefused{fmt.Sprintf("access: the relay answered %.80q: %.200q", a.Status, said)}
+}
+
+// allowed reads the answer of an access point: {"uri":"wss://…?code=…"}. A
+// code that was asked for over TLS is not sent in the clear.
+func (d *destination) allowed(b []byte) (*url.URL, error) {
+	var answer struct{ URI string }
+	if err := json.Unmarshal(b, &answer); err != nil {
+		return nil, errors.New(`access: the answer is not {"uri":"wss://…"}`)
+	}
+	u, err := cleanURL(answer.URI)
+	switch {
+	case err != nil || u.User != nil || u.Scheme != "ws" && u.Scheme != "wss":
+		return nil, errors.New(`access: "uri" in the answer is not the URL of a websocket`)
+	case d.url.Scheme == "https" && u.Scheme != "wss":
+		return nil, errors.New(`access: "uri" in the answer is not wss, though access is https`)
+	}
+	return u, nil
+}
+
+// brief is an error that may quote what the other side sent.
+type brief struct{ error }
+
+func (e brief) Error() string { return fmt.Sprintf("%.200s", e.error.Error()) }
+func (e brief) Unwrap() error { return e.error }
+
+// present shows the token, and waits for the relay to say that it is good.
+func (l *link) present(ctx context.Context, ws *websocket.Conn, token string) error {
+	return l.exchange(ctx, ws, "token", appendFrame(nil, opText, []byte(token), l.masks), func(opcode byte, b []byte) (bool, error) {
+		if opcode != opText {
+			return false, nil
+		}
+		var answer struct {
+			Authorised *bool
+			Reason     string
+		}
+		if err := json.Unmarshal(b, &answer); err != nil || answer.Authorised == nil {
+			return false, errors.New(`token: the relay's first text message is not {"authorised":…}`)
+		}
+		if !*answer.Authorised {
+			return false, tokenRefused{fmt.Sprintf("the relay refuses the token: %.200q", answer.Reason)}
+		}
+		return true, nil
+	})
+}
+
+// prove waits for an answer to a ping: a relay may accept the handshake, and
+// then leave a connection alone whose code was not good.
+func (l *link) prove(ctx context.Context, ws *websocket.Conn) error {
+	return l.exchange(ctx, ws, "access: ping", appendFrame(nil, opPing, nil, l.masks), func(opcode byte, _ []byte) (bool, error) {
+		return opcode == opPong, nil
+	})
+}
+
+// exchange writes frame, and reads at most 16 KiB within 5 s until done says
+// that the answer is there. It is called before serve, while nobody else reads
+// or writes.
+func (l *link) exchange(ctx context.Context, ws *websocket.Conn, what string, frame []byte, done func(opcode byte, b []byte) (bool, error)) error {
+	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
+	defer cancel()
+	release := onDone(ctx, func() { l.SetDeadline(past) })
+	l.opening, l.budget = true, maxHandshake
+	in := inbox{ws: ws, limit: maxHandshake}
+	_, err := l.Conn.Write(frame)
+	for ok := false; err == nil && !ok; {
+		var opcode byte
+		var b []byte
+		if opcode, b, err = in.next(); err == nil {
+			ok, err = done(opcode, b)
+		}
+	}
+	l.opening = false
+	release()
+	switch {
+	case err == nil:
+		l.SetDeadline(time.Time{})
+		return nil
+	case errors.As(err, new(tokenRefused)):
+		return err
+	case ctx.Err() == context.DeadlineExceeded:
+		return fmt.Errorf("%s: %w within %v", what, errNoAnswer, handshakeTimeout)
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case err == io.EOF, err == io.ErrUnexpectedEOF:
+		return fmt.Errorf("%s: %w", what, errUnanswered)
+	}
+	return fmt.Errorf("%s: %w", what, plain(err))
+}
+
+// errTooLong: a message was read to its end, and is not kept.
+var errTooLong = errors.New("the message is too long")
+
+// inbox reads the messages of a websocket, of at most limit bytes each.
+type inbox struct {
+	ws    *websocket.Conn
+	limit int
+
+	opcode byte   // of the message that is begun
+	b      []byte // what there is of it
+	long   bool   // it has more than limit
+}
+
+// next returns the next message, put together from its fragments, or a pong
+// without its payload. Pings are answered. What is too long is skipped, and is
+// errTooLong. RFC 6455 5.4
+func (in *inbox) next() (opcode byte, b []byte, err error) {
+	for {
+		frame, err := in.ws.NewFrameReader()
+		if err != nil {
+			return 0, nil, err
+		}
+		header, err := io.ReadAll(frame.HeaderReader())
+		if err != nil {
+			return 0, nil, err
+		}
+		size := int64(frame.Len()) - int64(len(header))
+		opcode, final := header[0]&15, header[0]&0x80 != 0 // RFC 6455 5.2
+		if frame, err = in.ws.HandleFrame(frame); err != nil {
+			return 0, nil, err
+		}
+		if frame == nil {
+			if opcode == opPong {
+				return opPong, nil, nil
+			}
+			continue
+		}
+		if opcode != 0 { // not a continuation
+			in.opcode, in.b, in.long = opcode, nil, false
+		}
+		part, err := io.ReadAll(io.LimitReader(frame, int64(in.limit-len(in.b)+1)))
+		if err != nil {
+			return 0, nil, err
+		}
+		rest, err := io.Copy(io.Discard, frame)
+		if err != nil {
+			return 0, nil, err
+		}
+		if int64(len(part))+rest < size {
+			return 0, nil, io.ErrUnexpectedEOF
+		}
+		in.b = append(in.b, part...)
+		if len(in.b) > in.limit {
+			in.b, in.long = nil, true
+		}
+		switch b := in.b; {
+		case !final:
+		case in.long:
+			return in.opcode, nil, errTooLong
+		default:
+			in.b = nil
+			return in.opcode, b, nil
+		}
+	}
+}

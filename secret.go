@@ -1,0 +1,237 @@
+// Secrets of a rule: its token, the values of its headers, and the userinfo of
+// its URL. They are stored and sent; answers, the log and errors show *** in
+// their place.
+
+package main
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"maps"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+)
+
+const (
+	hidden = "***"
+
+	maxToken  = 4096 // bytes
+	maxFields = 16
+	maxField  = 4096 // bytes in the name or the value of a header
+)
+
+// headers go out with the handshake: "Name: value\n" each, sorted by name. A
+// string, so that rules can be compared; a JSON object outside.
+type headers string
+
+// all ranges over names and values.
+func (h headers) all() iter.Seq2[string, string] {
+	return func(yield func(name, value string) bool) {
+		for line := range strings.Lines(string(h)) {
+			name, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ": ")
+			if !yield(name, value) {
+				return
+			}
+		}
+	}
+}
+
+// newHeaders is the inverse of all; the names are canonical, nothing has a newline.
+func newHeaders(m map[string]string) headers {
+	var b strings.Builder
+	for _, name := range slices.Sorted(maps.Keys(m)) {
+		b.WriteString(name + ": " + m[name] + "\n")
+	}
+	return headers(b.String())
+}
+
+func (h headers) MarshalJSON() ([]byte, error) { return json.Marshal(maps.Collect(h.all())) }
+
+// UnmarshalJSON checks names and values. RFC 9110 5.1, 5.5
+func (h *headers) UnmarshalJSON(b []byte) error {
+	var given map[string]string
+	if err := json.Unmarshal(b, &given); err != nil {
+		return errors.New(`"headers" must be an object of strings`)
+	}
+	if len(given) > maxFields {
+		return fmt.Errorf(`"headers": there are %d, at most %d are allowed`, len(given), maxFields)
+	}
+	clean := make(map[string]string, len(given))
+	for name, value := range given {
+		canonical := http.CanonicalHeaderKey(name)
+		_, twice := clean[canonical]
+		switch {
+		case name == "" || len(name) > maxField || strings.ContainsFunc(name, func(c rune) bool {
+			return !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.ContainsRune("!#$%&'*+-.^_`|~", c))
+		}):
+			return fmt.Errorf("header %.40q: not the name of a header", name)
+		case slices.Contains(ownHeaders, canonical) || strings.HasPrefix(canonical, "Sec-Websocket-"):
+			return fmt.Errorf("header %s: it is vw's own in a handshake", canonical)
+		case twice:
+			return fmt.Errorf("header %s: it is there twice", canonical)
+		case value == "" || len(value) > maxField || value != strings.TrimSpace(value) || strings.ContainsFunc(value, func(c rune) bool { return c < ' ' || c > '~' }):
+			return fmt.Errorf("header %s: its value must be 1 to %d ASCII characters, without control characters, and no space around it", canonical, maxField)
+		}
+		clean[canonical] = value
+	}
+	*h = newHeaders(clean)
+	return nil
+}
+
+// ownHeaders are those that the handshake has anyway, or that would break it.
+// RFC 6455 4.1, RFC 9110 7.6.1
+var ownHeaders = []string{
+	"Connection", "Content-Length", "Expect", "Host", "Keep-Alive", "Origin", "Proxy-Authorization",
+	"Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade",
+}
+
+// http returns what is to be sent.
+func (h headers) http() http.Header {
+	all := make(http.Header)
+	for name, value := range h.all() {
+		all.Set(name, value)
+	}
+	return all
+}
+
+func (h headers) has(name string) bool {
+	_, ok := maps.Collect(h.all())[name]
+	return ok
+}
+
+// splitUser cuts the userinfo out of a URL; user is "" where there is none.
+// RFC 3986 3.2.1
+func splitUser(raw string) (before, user, after string) {
+	scheme, rest, _ := strings.Cut(raw, "://")
+	end := strings.IndexAny(rest, "/?#")
+	if end < 0 {
+		end = len(rest)
+	}
+	at := strings.LastIndexByte(rest[:end], '@')
+	if at < 0 {
+		return raw, "", ""
+	}
+	return scheme + "://", rest[:at], rest[at:]
+}
+
+// shown returns the rule as an answer shows it.
+func (r destinationRule) shown() destinationRule {
+	if r.Token != "" {
+		r.Token = hidden
+	}
+	all := maps.Collect(r.Headers.all())
+	for name := range all {
+		all[name] = hidden
+	}
+	r.Headers = newHeaders(all)
+	if before, user, after := splitUser(r.Destination); user != "" {
+		r.Destination = before + hidden + after
+	}
+	return r
+}
+
+// keep returns r with the secrets of old in the place of ***.
+func (r destinationRule) keep(old destinationRule) destinationRule {
+	if r.Token == hidden {
+		r.Token = cmp.Or(old.Token, hidden)
+	}
+	all, stored := maps.Collect(r.Headers.all()), maps.Collect(old.Headers.all())
+	for name, value := range all {
+		if value == hidden {
+			all[name] = cmp.Or(stored[name], hidden)
+		}
+	}
+	r.Headers = newHeaders(all)
+	if before, user, after := splitUser(r.Destination); user == hidden {
+		_, user, _ = splitUser(old.Destination)
+		r.Destination = before + cmp.Or(user, hidden) + after
+	}
+	return r
+}
+
+// cleanSecrets checks what the URL, the token and the headers are together.
+func (r destinationRule) cleanSecrets(u *url.URL) error {
+	access := u.Scheme == "http" || u.Scheme == "https"
+	_, user, _ := splitUser(r.Destination)
+	unknown := r.Token == hidden || user == hidden
+	for _, value := range r.Headers.all() {
+		unknown = unknown || value == hidden
+	}
+	switch {
+	case unknown:
+		return invalid("destination %.100q: %s stands for what is stored, and nothing is", withoutSecrets(r.Destination), hidden)
+	case len(r.Token) > maxToken || strings.ContainsFunc(r.Token, func(c rune) bool { return c <= ' ' || c > '~' || c == '"' || c == '\\' }):
+		return invalid(`token: it must be at most %d visible ASCII characters, without " and \`, maxToken)
+	case access && r.Token == "":
+		return invalid(`destination %.100q: the scheme is %q, which needs a "token"; without one it must be ws or wss`, withoutSecrets(r.Destination), u.Scheme)
+	case access && u.User != nil, (access || u.User != nil) && r.Headers.has("Authorization"):
+		return invalid("destination %.100q: it has more than one Authorization: token, user:password@ and header", withoutSecrets(r.Destination))
+	}
+	return nil
+}
+
+// secrets returns what no text may show.
+func (r destinationRule) secrets() []string {
+	_, user, _ := splitUser(r.Destination)
+	_, password, _ := strings.Cut(user, ":")
+	all := []string{r.Token, user, password}
+	if u, err := url.PathUnescape(password); err == nil {
+		all = append(all, u)
+	}
+	for _, value := range r.Headers.all() {
+		_, credentials, _ := strings.Cut(value, " ") // RFC 9110 11.4
+		all = append(all, value, credentials)
+	}
+	return all
+}
+
+// hiddenError is an error whose text has been cleared of secrets.
+type hiddenError struct {
+	text string
+	error
+}
+
+func (e hiddenError) Error() string { return e.text }
+func (e hiddenError) Unwrap() error { return e.error }
+
+// hide returns err without the secrets: a relay may quote them in its answer,
+// whole or cut off. What has fewer than 4 bytes is no secret.
+func hide(err error, secrets []string) error {
+	if err == nil {
+		return nil
+	}
+	text := err.Error()
+	for _, s := range secrets {
+		if len(s) >= 4 {
+			text = hideIn(text, s)
+		}
+	}
+	if text == err.Error() {
+		return err
+	}
+	return hiddenError{text, err}
+}
+
+// hideIn hides every place of text that begins like the secret: with the whole
+// of it, or with as much as is left of it, at least 8 bytes.
+func hideIn(text, secret string) string {
+	begins := secret[:min(8, len(secret))]
+	var b strings.Builder
+	for {
+		before, rest, ok := strings.Cut(text, begins)
+		b.WriteString(before)
+		if !ok {
+			return b.String()
+		}
+		n := 0
+		for s := secret[len(begins):]; n < len(s) && n < len(rest) && s[n] == rest[n]; n++ {
+		}
+		b.WriteString(hidden)
+		text = rest[n:]
+	}
+}
