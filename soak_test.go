@@ -58,11 +58,11 @@ type soak struct {
 	closed counters       // of all others
 	toWell uint64         // closed.delivered, to relays that are well
 
-	samples []sample
+	samples []soakSample
 }
 
-// sample is what there was after so many cycles.
-type sample struct {
+// soakSample is what there was after so many cycles.
+type soakSample struct {
 	cycles, goroutines, heap float64 // bytes in use after a collection
 }
 
@@ -193,7 +193,7 @@ func (s *soak) sample() string {
 	runtime.GC()
 	runtime.GC() // what a sync.Pool keeps lives through one
 	runtime.ReadMemStats(&m)
-	s.samples = append(s.samples, sample{float64(s.cycles.Load()), float64(runtime.NumGoroutine()), float64(m.HeapAlloc)})
+	s.samples = append(s.samples, soakSample{float64(s.cycles.Load()), float64(runtime.NumGoroutine()), float64(m.HeapAlloc)})
 	c := s.account()
 	return fmt.Sprintf("%d cycles, %d goroutines, %d bytes; %d published, %d delivered, dropped %d",
 		s.cycles.Load(), runtime.NumGoroutine(), m.HeapAlloc, c.published, c.delivered, c.dropped[1:])
@@ -210,8 +210,8 @@ func (s *soak) flat(frame int) {
 	const leaks = 5 // in 1,000 cycles
 	message := float64(int(unsafe.Sizeof(message{})) + frame)
 	late := s.samples[len(s.samples)/4:]
-	goroutines := 1000 * slope(late, func(s sample) float64 { return s.goroutines })
-	heap := 1000 * slope(late, func(s sample) float64 { return s.heap })
+	goroutines := 1000 * slope(late, func(s soakSample) float64 { return s.goroutines })
+	heap := 1000 * slope(late, func(s soakSample) float64 { return s.heap })
 	s.t.Logf("in 1,000 cycles: %+.2f goroutines (of %d), %+.0f bytes (of %.0f), by %d samples", goroutines, leaks, heap, leaks*message, len(late))
 	if goroutines >= leaks {
 		s.t.Errorf("got %.1f goroutines more in 1,000 cycles, want less than %d", goroutines, leaks)
@@ -222,7 +222,7 @@ func (s *soak) flat(frame int) {
 }
 
 // slope is the least-squares slope of y over the cycles.
-func slope(all []sample, y func(sample) float64) float64 {
+func slope(all []soakSample, y func(soakSample) float64) float64 {
 	var meanX, meanY, xy, xx float64
 	for _, s := range all {
 		meanX += s.cycles / float64(len(all))
@@ -297,7 +297,7 @@ func TestSoak24(t *testing.T) {
 			}
 		}
 		send := func(name, stream, url string) {
-			if _, err := l.setDestination(destinationRule{id(name), stream, url}); err != nil {
+			if _, err := l.setDestination(destinationRule{ID: id(name), Stream: stream, Destination: url}); err != nil {
 				t.Error(err)
 			}
 			s.note(name)
