@@ -57,6 +57,7 @@ func serveOn(conn net.Conn, r io.Reader, media *atomic.Int64) {
 // TestToken: what relays may answer to a token on ws, how often they are
 // dialled in 60 s, and what the log says of them.
 func TestToken(t *testing.T) {
+	t.Parallel()
 	const yes = `{"topic":"/in/x","token":"` + testToken + `","authorised":true,"reason":"ok"}`
 	no := func(reason string) []byte {
 		return frame(0x81, `{"topic":"/in/x","token":"`+testToken+`","authorised":false,"reason":"`+reason+`"}`)
@@ -167,6 +168,7 @@ func TestToken(t *testing.T) {
 // TestAccessPoint: what access points may answer to a POST on http, and what the
 // websocket may do that they allow.
 func TestAccessPoint(t *testing.T) {
+	t.Parallel()
 	reply := func(status, body string) func(int) string {
 		return func(int) string {
 			return fmt.Sprintf("HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", status, len(body), body)

@@ -190,6 +190,7 @@ func statusLine(conn net.Conn) string {
 //
 // Not parallel: each takes as many connections as there may be.
 func TestHostileClients(t *testing.T) {
+	t.Parallel()
 	say := func(format string) func(int, net.Conn) {
 		return func(i int, conn net.Conn) { fmt.Fprintf(conn, format, i) }
 	}

@@ -193,6 +193,13 @@ func (r *chaosRelay) arrivals() []arrival {
 	return slices.Clone(r.got)
 }
 
+// record is all that the relay got so far.
+func (r *chaosRelay) record() []byte {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.all)
+}
+
 // decodes fails the test when ffmpeg finds anything wrong with b.
 func decodes(t *testing.T, b []byte) {
 	t.Helper()
@@ -284,7 +291,7 @@ func TestStall(t *testing.T) {
 			if d, _ := r.destinations["healthy"].count(); d.dropped != [causes]uint64{} {
 				t.Errorf("the other relay: %+v", d)
 			}
-			decodes(t, stalls.all)
+			decodes(t, stalls.record())
 		})
 	}
 }

@@ -557,6 +557,7 @@ func TestPage(t *testing.T) {
 // TestPageDeadRelay: a relay that stops answering, its connection still open,
 // shows as such.
 func TestPageDeadRelay(t *testing.T) {
+	t.Parallel()
 	v := startVW(t)
 	relay := startRelay(t, "127.0.0.1:0")
 	startFFmpeg(t, realTime, videoInput, videoCodec, []string{v.url + "/ts/video0"})
@@ -592,6 +593,7 @@ func TestPagePlayerURL(t *testing.T) {
 // the token; then all of it works, events and websockets too. The player is
 // missing, and the page says what to do.
 func TestPageSignIn(t *testing.T) {
+	t.Parallel()
 	v := startVW(t, "VW_TOKEN=open sesame", "VW_PLAYER=/no/such/player.js")
 	target, err := url.Parse(v.url)
 	if err != nil {

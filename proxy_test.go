@@ -32,6 +32,7 @@ func proxyAt(t *testing.T, s string) func(*http.Request) (*url.URL, error) {
 // TestProxyAnswers: how often a proxy that does not open a tunnel is asked in
 // 60 s, and what the log says of it.
 func TestProxyAnswers(t *testing.T) {
+	t.Parallel()
 	answer := func(s string) func(int64, string, net.Conn) {
 		return func(_ int64, _ string, conn net.Conn) {
 			http.ReadRequest(bufio.NewReader(conn))
@@ -165,6 +166,7 @@ func passTunnels(tunnels *atomic.Int64) func(net.Conn) {
 // TestProxyTunnel: video reaches relays with and without TLS, through proxies
 // with and without TLS.
 func TestProxyTunnel(t *testing.T) {
+	t.Parallel()
 	ca := newTestCA(t)
 	for _, tt := range []struct{ name, proxy, relay string }{
 		{"ws", "http", "ws"}, {"wss", "http", "wss"}, {"TLS, then ws", "https", "ws"}, {"TLS in TLS", "https", "wss"},
@@ -248,6 +250,7 @@ func startTinyproxy(t *testing.T, auth string) (p *process, addr string) {
 // TestE2EProxy: video goes to the relay through tinyproxy, and again when the
 // relay was away.
 func TestE2EProxy(t *testing.T) {
+	t.Parallel()
 	if !inNamespace(t) {
 		return
 	}

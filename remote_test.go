@@ -13,6 +13,7 @@ import (
 // TestE2EProxiedFeed: ffmpeg posts with VW_TOKEN through a proxy with TLS, as
 // the README says; without the token, or a wrong one, it is refused.
 func TestE2EProxiedFeed(t *testing.T) {
+	t.Parallel()
 	v := startVW(t, "VW_TOKEN=secret")
 	certs := newCerts(t)
 	l := listenLoopback(t)

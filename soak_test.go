@@ -268,7 +268,7 @@ func TestSoak24(t *testing.T) {
 	if raceEnabled {
 		frame = time.Second
 		if !*long {
-			hours = 8
+			hours = 4
 		}
 	}
 	synctest.Test(t, func(t *testing.T) {

@@ -257,6 +257,7 @@ func TestStateSlowDisk(t *testing.T) {
 // restart the rules are those that a caller was told last, or that he was
 // waiting to be told.
 func TestE2EStateKill(t *testing.T) {
+	t.Parallel()
 	const rounds = 200
 	file := filepath.Join(t.TempDir(), "state")
 	want := []string{"{}{}"} // one of these
