@@ -101,6 +101,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.tasks.Add(1)
 	defer s.tasks.Done()
 	if err := s.admit(r); err != nil {
+		s.log.Debug("not admitted", "remote", r.RemoteAddr, "err", err) // anybody can cause it, as often as he likes
 		s.refuse(w, r, err)
 		return
 	}
@@ -359,8 +360,11 @@ func (s *server) setDestination(r *http.Request) (any, error) {
 
 func (s *server) getDestination(r *http.Request) (any, error) {
 	name := r.PathValue("id")
-	if name == "all" {
+	switch {
+	case name == "all":
 		return s.shownDestinations(), nil
+	case name == controlID && s.control != nil:
+		return s.control.rule.shown(), nil
 	}
 	name, err := cleanName("id", name)
 	if err != nil {

@@ -372,12 +372,12 @@ func BenchmarkFanOut(b *testing.B) {
 				for _, kind := range []string{"raw", "x/net", "gorilla"} {
 					m.add(kind)
 				}
-				m.run(frame, every, 2*time.Second)
+				m.run(frame, every, time.Second)
 			})
 			b.Run(fmt.Sprintf("TLS/destinations=%d/frame=%d", n, frame), func(b *testing.B) {
 				m := newComparison(b, n, "wss")
 				m.add("raw")
-				m.run(frame, every, 2*time.Second)
+				m.run(frame, every, time.Second)
 			})
 		}
 	}

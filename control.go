@@ -59,6 +59,7 @@ func (s *server) startControl(rule destinationRule) {
 	d := &destination{rule: rule, url: u, dial: r.dial, proxy: r.proxy, roots: r.roots}
 	d.log = r.log.With("dest", controlID, "url", d.shown())
 	s.control = &control{d, s}
+	d.is("connecting")
 	r.tasks.Go(func() { s.control.keepUp(s.ctx, s.control.connect) })
 }
 
@@ -68,6 +69,7 @@ func (c *control) connect(ctx context.Context, tell bool) (healthy bool, err err
 	if err != nil {
 		return false, err
 	}
+	c.is("open")
 	opened := time.Now()
 	if tell {
 		c.log.Info("connected")

@@ -9,6 +9,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -35,7 +36,7 @@ func (e tokenRefused) Error() string { return e.text }
 // open connects to the relay, and returns when media may flow. It blocks for
 // 24 s at most, and ends with ctx. An error does not show a secret.
 func (d *destination) open(ctx context.Context) (l *link, ws *websocket.Conn, err error) {
-	secrets := d.rule.secrets()
+	secrets := append(d.rule.secrets(), inQuery(d.url)...)
 	defer func() { err = hide(err, secrets) }()
 	u, header := d.url, d.rule.Headers.http()
 	access := u.Scheme == "http" || u.Scheme == "https"
@@ -43,10 +44,7 @@ func (d *destination) open(ctx context.Context) (l *link, ws *websocket.Conn, er
 		if u, err = d.access(ctx, header); err != nil {
 			return nil, nil, err
 		}
-		secrets = append(secrets, u.RawQuery)
-		for _, values := range u.Query() {
-			secrets = append(secrets, values...)
-		}
+		secrets = append(secrets, inQuery(u)...)
 	}
 	conn, err := d.reach(ctx, u)
 	if err != nil {
@@ -76,8 +74,20 @@ func (d *destination) access(ctx context.Context, header http.Header) (*url.URL,
 	defer cancel()
 	client := http.Client{
 		Transport: &http.Transport{
-			DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return d.reach(ctx, d.url) },
-			TLSClientConfig:        tlsConfig(d.url.Hostname(), d.roots),
+			// A transport goes on to dial when its request has ended: this ends with ctx.
+			DialContext: func(context.Context, string, string) (net.Conn, error) { return d.reach(ctx, d.url) },
+			DialTLSContext: func(context.Context, string, string) (net.Conn, error) {
+				conn, err := d.reach(ctx, d.url)
+				if err != nil {
+					return nil, err
+				}
+				secure := tls.Client(conn, tlsConfig(d.url.Hostname(), d.roots))
+				if err := secure.HandshakeContext(ctx); err != nil {
+					conn.Close()
+					return nil, err
+				}
+				return secure, nil
+			},
 			DisableKeepAlives:      true,
 			MaxResponseHeaderBytes: maxHandshake,
 		},

@@ -313,6 +313,7 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 			frame = l.newPing(now)
 			pinged = now
 			ping.Reset(l.pings)
+			s.wake() // there may be others
 		} else {
 			select {
 			case frame = <-l.control:
@@ -324,6 +325,7 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 			if err := l.sendControl(ctx, frame); err != nil {
 				return err
 			}
+			now = time.Now() // it may have blocked
 		}
 		if err := l.sendBatch(ctx, s, now); err != nil {
 			return err
@@ -341,7 +343,9 @@ type sentPing struct {
 func (l *link) newPing(now time.Time) []byte {
 	payload := make([]byte, 8)
 	crand.Read(payload)
-	l.ping.Store(&sentPing{now, appendFrame(nil, opPong, payload, !l.masks)})
+	if l.masks { // the other side is the server, and does not mask its pong
+		l.ping.Store(&sentPing{now, appendFrame(nil, opPong, payload, false)})
+	}
 	return appendFrame(nil, opPing, payload, l.masks)
 }
 
@@ -420,7 +424,7 @@ func (l *link) patience() time.Duration {
 	if l.resumes {
 		return stallStep
 	}
-	return maxStall
+	return maxStall * 4 / 3 // of which a quarter may be over
 }
 
 // write hands l.iov to the connection: one writev, or one write of a record.
@@ -623,14 +627,19 @@ type lost struct{ error }
 func (e lost) Unwrap() error { return e.error }
 
 // failure is what kind of failure err is, for the log: an open connection can
-// be lost in many words.
+// be lost, and a relay refuse, in many words.
 func failure(err error) string {
 	var dns *net.DNSError // it quotes the port of the query
+	var status statusError
 	switch {
 	case errors.As(err, new(lost)):
 		return "lost"
 	case errors.As(err, &dns):
 		return "lookup " + dns.Name
+	case errors.As(err, &status):
+		return strconv.Itoa(status.code)
+	case errors.As(err, new(tokenRefused)):
+		return "token"
 	}
 	return err.Error()
 }

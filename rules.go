@@ -212,12 +212,20 @@ type rules struct {
 	log    *slog.Logger
 	tasks  sync.WaitGroup // the goroutines of destinations, take-overs and the state file
 
-	storing sync.Mutex  // held while the set is written, and while something is added; taken before mu
-	behind  atomic.Bool // the file is not the set
+	storing sync.Mutex                        // held while the set is written, and while something is added; taken before mu
+	behind  atomic.Bool                       // the file is not the set
+	save    func(file string, b []byte) error // writeState, but in tests
 
 	mu           sync.RWMutex // held while a change is applied, which may take 50 ms
 	streams      map[string][]string
 	destinations map[string]*running
+	adding       change // is being written, and applied then; the zero value: none, or it was taken back
+}
+
+// change is the rule that an addition is about.
+type change struct {
+	what string // "stream" or "destination"
+	name string
 }
 
 // running is a destination, and those that it is taking over from.
@@ -230,7 +238,7 @@ func newRules(ctx context.Context, x *mux, maxLag time.Duration, log *slog.Logge
 	dialer := &net.Dialer{Control: limitUnsent}
 	return &rules{
 		ctx: ctx, mux: x, dial: dialer.DialContext, maxLag: maxLag, log: log,
-		streams: make(map[string][]string), destinations: make(map[string]*running),
+		save: writeState, streams: make(map[string][]string), destinations: make(map[string]*running),
 	}
 }
 
@@ -298,7 +306,7 @@ func (r *rules) write(set ruleSet) error {
 	if r.file == "" {
 		return nil
 	}
-	err := writeState(r.file, set.encode())
+	err := r.save(r.file, set.encode())
 	if was := r.behind.Swap(err != nil); !was && err != nil {
 		r.log.Error("the rules are not stored", "err", err)
 	}
@@ -317,21 +325,47 @@ func (r *rules) setStream(rule streamRule) (streamRule, error) {
 	}
 	r.storing.Lock()
 	defer r.storing.Unlock()
-	set := r.set()
-	old, known := set.streams[rule.Stream]
-	if !known && len(set.streams) >= maxStreams {
+	set := r.begin(change{"stream", rule.Stream})
+	if _, known := set.streams[rule.Stream]; !known && len(set.streams) >= maxStreams {
 		return rule, fmt.Errorf("stream %q: there are %d streams: %w", rule.Stream, len(set.streams), errFull)
 	}
 	set.streams[rule.Stream] = rule.Feeds
-	if err := r.write(set); err != nil {
-		return rule, errNotStored{"nothing has changed", err}
-	}
+	return rule, r.add(set, func() { r.applyStream(rule) })
+}
+
+// begin notes what is to be added, and returns a copy of the rules before it;
+// storing is held.
+func (r *rules) begin(c change) ruleSet {
+	r.mu.Lock()
+	r.adding = c
+	r.mu.Unlock()
+	return r.set()
+}
+
+// add stores a set with what is added, then applies that with mu held; storing
+// is held. What was muted or deleted while the disk was written stays so: that
+// came after this.
+func (r *rules) add(set ruleSet, apply func()) error {
+	err := r.write(set)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if slices.Equal(r.streams[rule.Stream], old) { // else it was muted or deleted in the meantime: that came after this
-		r.applyStream(rule)
+	if err != nil {
+		return errNotStored{"nothing has changed", err}
 	}
-	return rule, nil
+	if r.adding != (change{}) {
+		apply()
+	}
+	return nil
+}
+
+// takeBack keeps an addition that is being written from being applied, and
+// tells whether there was one; mu is held. A change without a name is for all.
+func (r *rules) takeBack(c change) bool {
+	if r.adding != c && (r.adding.what != c.what || c.name != "") {
+		return false
+	}
+	r.adding = change{}
+	return true
 }
 
 // mute sets a stream if the rule adds no feed to it.
@@ -341,15 +375,18 @@ func (r *rules) mute(rule streamRule) (done bool, err error) {
 	for _, f := range rule.Feeds {
 		ok = ok && slices.Contains(old, f)
 	}
-	same := ok && slices.Equal(old, rule.Feeds)
-	if ok && !same {
+	stored := ok && slices.Equal(old, rule.Feeds) && !r.behind.Load()
+	if ok && r.takeBack(change{"stream", rule.Stream}) {
+		stored = false
+	}
+	if ok && !slices.Equal(old, rule.Feeds) {
 		r.applyStream(rule)
 	}
 	r.mu.Unlock()
 	switch {
 	case !ok:
 		return false, nil
-	case same && !r.behind.Load():
+	case stored:
 		return true, nil
 	}
 	return true, r.store()
@@ -385,6 +422,7 @@ func (r *rules) deleteStream(name string) error {
 	r.mu.Lock()
 	_, ok := r.streams[name]
 	if ok {
+		r.takeBack(change{"stream", name})
 		await(r.dropStream(name))
 	}
 	r.mu.Unlock()
@@ -397,6 +435,7 @@ func (r *rules) deleteStream(name string) error {
 // deleteStreams removes all streams.
 func (r *rules) deleteStreams() error {
 	r.mu.Lock()
+	r.takeBack(change{"stream", ""})
 	var words []<-chan struct{}
 	for name := range r.streams {
 		words = append(words, r.dropStream(name)...)
@@ -409,8 +448,9 @@ func (r *rules) deleteStreams() error {
 // dropStream is called with mu held; the stream is silent when its words are.
 func (r *rules) dropStream(name string) []<-chan struct{} {
 	delete(r.streams, name)
+	words := r.mux.setStream(name, nil, false)
 	r.log.Info("stream deleted", "stream", name)
-	return r.mux.setStream(name, nil, false)
+	return words
 }
 
 // await waits for send loops to say that no write is in progress, and at most
@@ -436,7 +476,7 @@ func await(words []<-chan struct{}) {
 func (r *rules) setDestination(rule destinationRule) (destinationRule, error) {
 	r.storing.Lock()
 	defer r.storing.Unlock()
-	set := r.set()
+	set := r.begin(change{"destination", strings.TrimPrefix(string(rule.ID), "/")})
 	rule, _, err := rule.keep(set.destinations[strings.TrimPrefix(string(rule.ID), "/")]).clean()
 	if err != nil {
 		return rule, err
@@ -449,15 +489,7 @@ func (r *rules) setDestination(rule destinationRule) (destinationRule, error) {
 		return rule, fmt.Errorf("destination %q: there are %d destinations: %w", rule.ID, len(set.destinations), errFull)
 	}
 	set.destinations[string(rule.ID)] = rule
-	if err := r.write(set); err != nil {
-		return rule, errNotStored{"nothing has changed", err}
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if known == (r.destinations[string(rule.ID)] != nil) { // else it was deleted in the meantime: that came after this
-		r.applyDestination(rule)
-	}
-	return rule, nil
+	return rule, r.add(set, func() { r.applyDestination(rule) })
 }
 
 // applyDestination starts a destination; mu is held. A new URL for the same
@@ -561,6 +593,7 @@ func (r *rules) deleteDestination(name string) error {
 	r.mu.Lock()
 	d := r.destinations[name]
 	if d != nil {
+		r.takeBack(change{"destination", name})
 		delete(r.destinations, name)
 		d.stop()
 	}
@@ -574,6 +607,7 @@ func (r *rules) deleteDestination(name string) error {
 // deleteDestinations removes all destinations.
 func (r *rules) deleteDestinations() error {
 	r.mu.Lock()
+	r.takeBack(change{"destination", ""})
 	for _, d := range r.destinations {
 		d.cancel(errRemoved)
 	}

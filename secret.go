@@ -6,6 +6,7 @@ package main
 
 import (
 	"cmp"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -135,8 +137,15 @@ func (r destinationRule) shown() destinationRule {
 	return r
 }
 
-// keep returns r with the secrets of old in the place of ***.
+// keep returns r with the secrets of old in the place of ***, unless they
+// would go to another host, or over TLS no more: who may set rules is not
+// thereby told what is stored.
 func (r destinationRule) keep(old destinationRule) destinationRule {
+	to, err1 := url.Parse(r.Destination)
+	from, err2 := url.Parse(old.Destination)
+	if err1 != nil || err2 != nil || to.Hostname() != from.Hostname() || strings.HasSuffix(from.Scheme, "s") && !strings.HasSuffix(to.Scheme, "s") {
+		return r
+	}
 	if r.Token == hidden {
 		r.Token = cmp.Or(old.Token, hidden)
 	}
@@ -164,7 +173,7 @@ func (r destinationRule) cleanSecrets(u *url.URL) error {
 	}
 	switch {
 	case unknown:
-		return invalid("destination %.100q: %s stands for what is stored, and nothing is", withoutSecrets(r.Destination), hidden)
+		return invalid("destination %.100q: %s stands for what is stored for this host, and nothing is", withoutSecrets(r.Destination), hidden)
 	case len(r.Token) > maxToken || strings.ContainsFunc(r.Token, func(c rune) bool { return c <= ' ' || c > '~' || c == '"' || c == '\\' }):
 		return invalid(`token: it must be at most %d visible ASCII characters, without " and \`, maxToken)
 	case access && r.Token == "":
@@ -179,13 +188,22 @@ func (r destinationRule) cleanSecrets(u *url.URL) error {
 func (r destinationRule) secrets() []string {
 	_, user, _ := splitUser(r.Destination)
 	_, password, _ := strings.Cut(user, ":")
-	all := []string{r.Token, user, password}
+	all := []string{r.Token, user, password, base64.StdEncoding.EncodeToString([]byte(user))}
 	if u, err := url.PathUnescape(password); err == nil {
 		all = append(all, u)
 	}
 	for _, value := range r.Headers.all() {
 		_, credentials, _ := strings.Cut(value, " ") // RFC 9110 11.4
 		all = append(all, value, credentials)
+	}
+	return all
+}
+
+// inQuery returns what may be secret in the query of a URL.
+func inQuery(u *url.URL) []string {
+	all := []string{u.RawQuery}
+	for _, values := range u.Query() {
+		all = append(all, values...)
 	}
 	return all
 }
@@ -209,6 +227,8 @@ func hide(err error, secrets []string) error {
 	for _, s := range secrets {
 		if len(s) >= 4 {
 			text = hideIn(text, s)
+			quoted := strconv.Quote(s)
+			text = hideIn(text, quoted[1:len(quoted)-1])
 		}
 	}
 	if text == err.Error() {

@@ -126,7 +126,7 @@ func (s ruleSet) addDestination(line []byte) error {
 // readState reads the state file called name. One that is not there yet is
 // made, with no rules, to learn at once whether that can be done.
 func readState(name string) (ruleSet, error) {
-	f, err := os.Open(name)
+	info, err := os.Stat(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		var none ruleSet
 		return none, writeState(name, none.encode())
@@ -134,10 +134,14 @@ func readState(name string) (ruleSet, error) {
 	if err != nil {
 		return ruleSet{}, err
 	}
-	defer f.Close()
-	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+	if !info.Mode().IsRegular() {
 		return ruleSet{}, fmt.Errorf("%s is not a regular file", name)
 	}
+	f, err := os.Open(name)
+	if err != nil {
+		return ruleSet{}, err
+	}
+	defer f.Close()
 	b, err := io.ReadAll(io.LimitReader(f, maxState+1))
 	if err != nil {
 		return ruleSet{}, err
@@ -158,7 +162,8 @@ func writeState(name string, b []byte) (err error) {
 		return &fs.PathError{Op: "write", Path: name, Err: errors.New("the file is read-only")}
 	}
 	next := name + ".new"
-	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	os.Remove(next) // one that is there may be of a crash, or somebody's
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}

@@ -16,7 +16,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -211,45 +210,74 @@ func TestStateReadOnly(t *testing.T) {
 // TestStateSlowDisk: a mute and a delete do not wait for a disk that hangs in
 // another change, and are not undone when that goes on.
 func TestStateSlowDisk(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "state")
-	r, _ := keepRules(t, file)
-	r.setStream(streamRule{"stream/a", []string{"video0", "audio0"}})
-	r.setDestination(destinationRule{ID: "0", Stream: "stream/a", Destination: "ws://relay.invalid/"})
-	if err := syscall.Mkfifo(file+".new", 0o600); err != nil { // its open hangs until somebody reads
-		t.Fatal(err)
+	one := map[string][]string{"stream/a": {"video0"}}
+	two := map[string][]string{"stream/a": {"video0", "audio0"}}
+	dest := map[string]destinationRule{"0": {ID: "0", Stream: "stream/a", Destination: "ws://relay.invalid/"}}
+	set := func(feeds ...string) func(*rules) error {
+		return func(r *rules) error {
+			_, err := r.setStream(streamRule{"stream/a", feeds})
+			return err
+		}
 	}
-	var calls sync.WaitGroup
-	calls.Go(func() { r.setStream(streamRule{"stream/a", []string{"video0", "audio0", "audio1"}}) })
-	waitFor(t, "a change to hang in the disk", func() bool {
-		if r.storing.TryLock() {
-			r.storing.Unlock()
-			return false
+	send := func(id id) func(*rules) error {
+		return func(r *rules) error {
+			_, err := r.setDestination(destinationRule{ID: id, Stream: "stream/a", Destination: "ws://other.invalid/"})
+			return err
 		}
-		return true
-	})
-	calls.Go(func() {
-		if _, err := r.setStream(streamRule{"stream/a", []string{"video0"}}); err != nil {
-			t.Errorf("mute: %v", err)
-		}
-	})
-	calls.Go(func() {
-		if err := r.deleteDestination("0"); err != nil {
-			t.Errorf("delete: %v", err)
-		}
-	})
-	waitFor(t, "mute and delete to be in force", func() bool {
-		set := r.set()
-		return len(set.streams["stream/a"]) == 1 && len(set.destinations) == 0
-	})
-	fifo, err := os.Open(file + ".new")
-	if err != nil {
-		t.Fatal(err)
 	}
-	defer fifo.Close()
-	calls.Wait()
-	want := ruleSet{map[string][]string{"stream/a": {"video0"}}, map[string]destinationRule{}}
-	if got, err := decodeState([]byte(onDisk(t, file))); err != nil || !reflect.DeepEqual(got, want) || !reflect.DeepEqual(r.set(), want) {
-		t.Errorf("got %v, %v on the disk and %v in force, want %v", got, err, r.set(), want)
+	for _, tt := range []struct {
+		name       string
+		before     ruleSet
+		slow, then func(*rules) error
+		want       ruleSet
+	}{
+		{"mute during an addition", ruleSet{two, nil}, set("video0", "audio0", "audio1"), set("video0"), ruleSet{one, nil}},
+		{"mute again during an unmute", ruleSet{one, nil}, set("video0", "audio0"), set("video0"), ruleSet{one, nil}},
+		{"delete during an unmute", ruleSet{map[string][]string{"stream/a": {}}, nil}, set("video0"),
+			func(r *rules) error { return r.deleteStream("stream/a") }, ruleSet{}},
+		{"delete all during an addition", ruleSet{}, set("video0"), (*rules).deleteStreams, ruleSet{}},
+		{"delete during a new URL", ruleSet{nil, dest}, send("0"), func(r *rules) error { return r.deleteDestination("0") }, ruleSet{}},
+		{"delete all during a new one", ruleSet{nil, dest}, send("1"), (*rules).deleteDestinations, ruleSet{}},
+		{"another is deleted", ruleSet{one, dest}, set("video0", "audio0"), func(r *rules) error { return r.deleteDestination("0") }, ruleSet{two, nil}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "state")
+			if err := writeState(file, tt.before.encode()); err != nil {
+				t.Fatal(err)
+			}
+			r, _ := keepRules(t, file)
+			hangs, disk := make(chan struct{}, 2), make(chan struct{})
+			r.save = func(file string, b []byte) error {
+				hangs <- struct{}{}
+				<-disk
+				return writeState(file, b)
+			}
+			var calls sync.WaitGroup
+			call := func(f func(*rules) error) {
+				calls.Go(func() {
+					if err := f(r); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			call(tt.slow)
+			<-hangs
+			call(tt.then)
+			waitFor(t, "the second to be in force", func() bool {
+				r.mu.RLock()
+				defer r.mu.RUnlock()
+				return r.adding == change{} || !bytes.Equal(ruleSet{r.streams, nil}.encode(), ruleSet{tt.before.streams, nil}.encode()) || len(r.destinations) < len(tt.before.destinations)
+			})
+			if got := r.set().encode(); tt.name != "another is deleted" && !bytes.Equal(got, tt.want.encode()) {
+				t.Errorf("while the disk hung: got %s, want %s", got, tt.want.encode())
+			}
+			close(disk)
+			calls.Wait()
+			onDisk, want := onDisk(t, file), string(tt.want.encode())
+			if got := string(r.set().encode()); got != want || onDisk != want {
+				t.Errorf("got %s, and on the disk %s, want %s", got, onDisk, want)
+			}
+		})
 	}
 }
 

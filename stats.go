@@ -283,24 +283,28 @@ type status struct {
 func (d *destination) is(state string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.status.state != state {
-		d.status.state, d.status.since = state, time.Now()
+	d.status.is(state)
+}
+
+func (s *status) is(state string) {
+	if s.state != state {
+		s.state, s.since = state, time.Now()
 	}
 	if state == "open" {
-		d.status.opened++
+		s.opened++
 	}
 }
 
 // waits sets the state of d until its next try.
 func (d *destination) waits(wait time.Duration, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.status.err, d.status.retryAt = err, time.Now().Add(wait)
 	state := "waiting"
 	if refused(err) {
 		state = "refused"
 	}
-	d.is(state)
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.status.err, d.status.retryAt = err, time.Now().Add(wait)
+	d.status.is(state)
 }
 
 func (d *destination) stats(now time.Time) *destinationStats {
@@ -353,6 +357,9 @@ func (s *server) stats() stats {
 	s.rules.mu.RUnlock()
 	for name, d := range running {
 		all.Destinations[name] = d.stats(now)
+	}
+	if s.control != nil {
+		all.Destinations[controlID] = s.control.stats(now)
 	}
 	return all
 }

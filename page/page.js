@@ -11,7 +11,7 @@ const http = location.origin + location.pathname.replace(/[^/]*$/, ''); // ends 
 async function call(method, path, body) {
   let r, answer;
   try {
-    r = await fetch(path, { method, body: body && JSON.stringify(body), cache: 'no-store' });
+    r = await fetch(path, { method, body: body && JSON.stringify(body), cache: 'no-store', signal: AbortSignal.timeout(10000) });
     answer = await r.json();
   } catch {
     throw new Error(r ? `vw answered ${r.status} ${r.statusText}` : 'vw does not answer');
