@@ -38,7 +38,7 @@ type chunkInfo struct {
 	hasVideo bool     // its feed has video
 	lead     bool     // it begins with the feed's own PAT
 	frames   int      // that begin in it
-	psi      []byte   // the feed's last PAT and PMT, as they came; nil until known
+	psi      []byte   // the feed's last PAT and PMT before its first frame, as they came; nil until known
 	program  *program // in force for it; nil until known
 	lost     bool     // packets or frames before it were lost on the way in
 	marks    []mark   // in a stream: where its PIDs stood, if it can open a gate
@@ -47,6 +47,7 @@ type chunkInfo struct {
 // frameStart is what is known of the first frame of a chunk.
 type frameStart struct {
 	seen, begins, key, pat bool
+	psi                    []byte
 	program                *program
 }
 
@@ -315,7 +316,9 @@ func (f *framer) begin(s *pidState, video, randomAccess bool) {
 	if (f.waits == 0 || f.waits > maxWaits) && f.head.seen && f.lead > f.done {
 		f.done, f.tail = f.lead, frameStart{}
 	}
-	first := frameStart{seen: true, begins: true, key: video && randomAccess, pat: f.leadPAT, program: f.psi.program}
+	first := frameStart{
+		seen: true, begins: true, key: video && randomAccess, pat: f.leadPAT, psi: f.lastPSI(), program: f.psi.program,
+	}
 	if f.done == f.lead && f.done > f.base && (first.key || first.program != f.head.program) {
 		f.flush()
 	}
@@ -362,21 +365,26 @@ func (f *framer) discard() {
 	f.buf = append(f.buf[:f.pos], f.buf[f.pos+packetSize:]...)
 }
 
+// lastPSI is the PSI as it came last; not to be changed.
+func (f *framer) lastPSI() []byte {
+	if f.rawPSI == nil {
+		f.rawPSI = f.psi.raw()
+	}
+	return f.rawPSI
+}
+
 // flush emits buf[base:done].
 func (f *framer) flush() {
 	if f.done == f.base {
 		return
 	}
-	if f.rawPSI == nil {
-		f.rawPSI = f.psi.raw()
-	}
-	program := f.head.program
+	psi, program := f.head.psi, f.head.program
 	if !f.head.begins { // no frame, or one that goes on
-		program = f.psi.program
+		psi, program = f.lastPSI(), f.psi.program
 	}
 	f.emit(newMessage(f.buf[f.base:f.done], f.at, chunkInfo{
 		key: f.head.key, start: f.head.begins, hasVideo: f.video >= 0,
-		lead: f.head.pat, frames: countFrames(f.buf[f.base:f.done]), psi: f.rawPSI, program: program, lost: f.lost,
+		lead: f.head.pat, frames: countFrames(f.buf[f.base:f.done]), psi: psi, program: program, lost: f.lost,
 	}))
 	f.lost = false
 	f.base, f.head = f.done, f.tail

@@ -379,3 +379,20 @@ func FuzzFramer(f *testing.F) {
 		}
 	})
 }
+
+// TestFramerPSI: the PSI of a chunk is what came before its first frame, also
+// when newer PSI has been read with it.
+func TestFramerPSI(t *testing.T) {
+	var m tsMaker
+	m.tables(testAudio, 0x03)
+	first := bytes.Clone(m.Bytes())
+	m.frame(pes{pid: testAudio, id: 0xc0, size: 300, length: true})
+	m.tables(testAudio, 0x03)
+	m.frame(pes{pid: testAudio, id: 0xc0, size: 300, length: true})
+	var all []*message
+	f := newFramer(func(msg *message) { all = append(all, msg) })
+	f.read(bytes.NewReader(m.Bytes()[:m.Len()-2*packetSize])) // without the second frame
+	if len(all) != 1 || !bytes.Equal(all[0].info.psi, first) {
+		t.Fatalf("got %d messages, the first with PSI % x, want % x", len(all), all[0].info.psi[:8], first[:8])
+	}
+}

@@ -35,11 +35,13 @@ func TestSecrets(t *testing.T) {
 		{"POST " + rule(`"ws://***@127.0.0.1:2/","token":"***","headers":{"x-key":"***","new":"v"}`),
 			"200 " + rule(`"ws://***@127.0.0.1:2/","token":"***","headers":{"New":"***","X-Key":"***"}`),
 			`ws://me:pass@127.0.0.1:2/ abcd.efgh "New: v\nX-Key: k1\n"`},
-		{"POST " + rule(`"ws://127.0.0.1:2/","headers":{"X-Other":"***"}`), `400 {"error":"destination \"ws://127.0.0.1:2/\": *** stands for what is stored, and nothing is"}`,
+		{"POST " + rule(`"ws://evil.invalid/","token":"***"`), `400 {"error":"destination \"ws://evil.invalid/\": *** stands for what is stored for this host, and nothing is"}`,
+			`ws://me:pass@127.0.0.1:2/ abcd.efgh "New: v\nX-Key: k1\n"`},
+		{"POST " + rule(`"ws://127.0.0.1:2/","headers":{"X-Other":"***"}`), `400 {"error":"destination \"ws://127.0.0.1:2/\": *** stands for what is stored for this host, and nothing is"}`,
 			`ws://me:pass@127.0.0.1:2/ abcd.efgh "New: v\nX-Key: k1\n"`},
 		{"POST " + rule(`"ws://127.0.0.1:2/"`), "200 " + rule(`"ws://127.0.0.1:2/"`), `ws://127.0.0.1:2/  ""`},
-		{"POST " + rule(`"ws://127.0.0.1:2/","token":"***"`), `400 {"error":"destination \"ws://127.0.0.1:2/\": *** stands for what is stored, and nothing is"}`, ""},
-		{"POST " + rule(`"ws://***@127.0.0.1:2/"`), `400 {"error":"destination \"…\": *** stands for what is stored, and nothing is"}`, ""},
+		{"POST " + rule(`"ws://127.0.0.1:2/","token":"***"`), `400 {"error":"destination \"ws://127.0.0.1:2/\": *** stands for what is stored for this host, and nothing is"}`, ""},
+		{"POST " + rule(`"ws://***@127.0.0.1:2/"`), `400 {"error":"destination \"…\": *** stands for what is stored for this host, and nothing is"}`, ""},
 		{"POST " + rule(`"ws://127.0.0.1:2/","token":"","headers":{}`), "200 " + rule(`"ws://127.0.0.1:2/"`), `ws://127.0.0.1:2/  ""`},
 	}
 	for i, step := range steps {
