@@ -39,6 +39,18 @@ func write(conn net.Conn, frames ...[]byte) {
 	}
 }
 
+// counted notes what a count was when the last write began.
+type counted struct {
+	net.Conn
+	count *atomic.Int64
+	n     int64
+}
+
+func (c *counted) Write(b []byte) (int, error) {
+	c.n = c.count.Load()
+	return c.Conn.Write(b)
+}
+
 // serveOn is serveRelay after the handshake.
 func serveOn(conn net.Conn, r io.Reader, media *atomic.Int64) {
 	for {
@@ -133,9 +145,10 @@ func TestToken(t *testing.T) {
 					defer conn.Close()
 					var early atomic.Int64
 					reading.Go(func() { serveOn(conn, r, &early) })
-					ok := tt.answer(conn)
-					if n := early.Load(); n > 0 {
-						t.Errorf("got %d messages before the answer", n)
+					before := &counted{Conn: conn, count: &early}
+					ok := tt.answer(before)
+					if before.n > 0 {
+						t.Errorf("got %d messages before the answer was whole", before.n)
 					}
 					if ok {
 						reading.Wait()

@@ -468,7 +468,7 @@ func (x *mux) publish(name string, p *publisher, r io.Reader) error {
 		case err == io.EOF:
 			return nil
 		case err == errNotTS:
-			return fmt.Errorf("%w: no %d packets of 188 bytes that begin with 0x47 in its first %d bytes", errNotTS, lockAfter, len(fr.buf))
+			return fmt.Errorf("%w: no %d packets of 188 bytes that begin with 0x47 in its first %d bytes", errNotTS, lockAfter, min(len(fr.buf), maxHunt))
 		case err != nil:
 			return err
 		}

@@ -157,6 +157,9 @@ func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logge
 	}
 	s := newServer(work, r, set.token, log)
 	s.player, _ = newPlayer(set.player)
+	if _, err := os.Stat(s.player.file); s.player.file != "" && err != nil {
+		log.Warn("VW_PLAYER: the page has no player", "err", err)
+	}
 	s.port = listeners[0].Addr().(*net.TCPAddr).Port
 	if set.api != "" {
 		s.startControl(set.control())
