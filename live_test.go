@@ -692,11 +692,14 @@ func TestDeleteStalled(t *testing.T) {
 			c.Control(func(fd uintptr) { n = inQueue(fd) })
 			return n
 		}
+		d := r.destinations["0"]
 		last := -1
-		waitFor(t, "the relay to be full", func() bool {
+		waitFor(t, "the relay to be full", func() bool { // not only a feed that pauses
 			time.Sleep(5 * time.Millisecond)
+			d.mu.Lock()
+			defer d.mu.Unlock()
 			n := held()
-			full := n == last && n > 0
+			full := n == last && d.link != nil && unsent(d.link.tcp) > 0
 			last = n
 			return full
 		})
