@@ -222,12 +222,23 @@ type remuxer struct {
 	psi     []byte // PAT and PMT as they went out last
 	patCC   byte
 	pmtCC   byte
-	last    [8192]byte // continuity counter, by PID; kept when a feed goes
-	sent    ticks      // when PSI went out
-	pcr     ticks      // and the last PCR
+	last    [8192]byte        // continuity counter, by PID; kept when a feed goes
+	origins map[uint16]origin // by PID
+	sent    ticks             // when PSI went out
+	pcr     ticks             // and the last PCR
 
 	out []byte // what remux returns
 }
+
+// origin is a track of a feed. Its PID in a program is kept when it goes: a
+// player may not take another kind of track on it.
+type origin struct {
+	feed string
+	pid  uint16
+}
+
+// maxOrigins is how many are kept, unless more are in the program.
+const maxOrigins = 1000
 
 // source is a feed in a stream.
 type source struct {
@@ -279,12 +290,15 @@ func (x *remuxer) arrange(feeds []*feed, at time.Time) bool {
 }
 
 // follow gives s the tracks of a program map, and reports whether the program
-// changed by it. A PID is kept where it is free, and for as long as it is in.
+// changed by it.
 func (x *remuxer) follow(s *source, g *program) bool {
 	if s.program == g {
 		return false
 	}
 	s.program = g
+	if len(x.origins) > maxOrigins {
+		x.forget()
+	}
 	old := s.tracks
 	s.tracks = nil
 	for _, t := range g.tracks {
@@ -292,30 +306,48 @@ func (x *remuxer) follow(s *source, g *program) bool {
 		if i >= 0 {
 			old[i].track = t
 			s.tracks = append(s.tracks, old[i])
-		} else if pid, ok := x.freePID(t.pid, old); ok {
+		} else if pid, ok := x.assign(origin{s.feed.name, t.pid}); ok {
 			s.tracks = append(s.tracks, &outTrack{track: t, out: pid, fresh: true, skip: true})
 		}
 	}
 	return x.describe()
 }
 
-// freePID is want if that is free, or the first that is. What a source had
-// before is not free yet.
-func (x *remuxer) freePID(want uint16, before []*outTrack) (uint16, bool) {
-	taken := func(pid uint16) bool {
-		has := func(t *outTrack) bool { return t.out == pid }
-		return pid == outPMT || pid == outPCR || slices.ContainsFunc(before, has) ||
-			slices.ContainsFunc(x.sources, func(s *source) bool { return slices.ContainsFunc(s.tracks, has) })
-	}
-	if want >= 0x20 && want <= lastPID && !taken(want) { // below are tables of DVB
-		return want, true
-	}
-	for pid := uint16(firstPID); pid <= lastPID; pid++ {
-		if !taken(pid) {
+// assign returns the PID that o has in the program: the one that it had before,
+// its own where nobody had that, or the first that nobody had.
+func (x *remuxer) assign(o origin) (pid uint16, ok bool) {
+	for pid, of := range x.origins {
+		if of == o {
 			return pid, true
 		}
 	}
-	return 0, false
+	free := func(pid uint16) bool {
+		_, taken := x.origins[pid]
+		return !taken && pid != outPMT && pid != outPCR
+	}
+	pid = o.pid
+	if pid < 0x20 || pid > lastPID || !free(pid) { // below are tables of DVB
+		for pid = firstPID; !free(pid); pid++ {
+			if pid == lastPID {
+				return 0, false
+			}
+		}
+	}
+	if x.origins == nil {
+		x.origins = make(map[uint16]origin)
+	}
+	x.origins[pid] = o
+	return pid, true
+}
+
+// forget frees the PIDs of tracks that are gone.
+func (x *remuxer) forget() {
+	clear(x.origins)
+	for _, s := range x.sources {
+		for _, t := range s.tracks {
+			x.origins[t.out] = origin{s.feed.name, t.pid}
+		}
+	}
 }
 
 // describe makes the PMT of what there is. Its version changes when, and only

@@ -312,6 +312,45 @@ func TestStreamChanges(t *testing.T) {
 	}
 }
 
+// TestStreamPIDs: a PID stays that of its track when that is gone, for as long
+// as there are PIDs to spare.
+func TestStreamPIDs(t *testing.T) {
+	b := newBench(t, "stream/x")
+	b.at = time.Now().Add(time.Hour) // after every change of the stream
+	check := newTSCheck()
+	play := func(feed string, c *camera) (pid uint16) {
+		t.Helper()
+		b.setStream("stream/x", []string{feed}, true)
+		for range 10 {
+			b.at = b.at.Add(40 * time.Millisecond)
+			b.post(feed, c.next())
+		}
+		b.detach(b.feeds[feed], b.pubs[feed])
+		b.restart(feed)
+		check.read(b.got())
+		if len(check.types) != 1 {
+			t.Fatalf("%s: got tracks %v, want one", feed, check.types)
+		}
+		for pid = range check.types {
+		}
+		return pid
+	}
+	a, v := newMicrophone(), newCamera()
+	sound, picture := play("audio0", a), play("video0", v)
+	if sound == picture || play("audio0", a) != sound || play("video0", v) != picture {
+		t.Errorf("sound was on %#x and picture on %#x, want two PIDs that stay", sound, picture)
+	}
+	for i := range maxOrigins + 100 {
+		play(fmt.Sprint("other", i), newCamera())
+	}
+	if n := len(b.streams["stream/x"].remux.origins); n > maxOrigins+1 {
+		t.Errorf("%d PIDs are kept, want %d at most", n, maxOrigins)
+	}
+	if len(check.problems) > 0 {
+		t.Errorf("got %d problems: %q", len(check.problems), check.problems[:min(5, len(check.problems))])
+	}
+}
+
 // TestStreamReader: a new reader first gets PAT and PMT, and its first picture
 // is a keyframe; after a drop it is told that counters do not go on.
 func TestStreamReader(t *testing.T) {
