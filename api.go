@@ -338,15 +338,7 @@ func (s *server) getStream(r *http.Request) (any, error) {
 }
 
 func (s *server) deleteStream(r *http.Request) (any, error) {
-	name := r.PathValue("stream")
-	if name == "all" {
-		return "deleteAll", s.rules.deleteStreams()
-	}
-	name, err := cleanStream(name)
-	if err != nil {
-		return nil, err
-	}
-	return name, s.rules.deleteStream(name)
+	return s.dropStream(r.PathValue("stream"))
 }
 
 func (s *server) setDestination(r *http.Request) (any, error) {
@@ -359,31 +351,11 @@ func (s *server) setDestination(r *http.Request) (any, error) {
 }
 
 func (s *server) getDestination(r *http.Request) (any, error) {
-	name := r.PathValue("id")
-	switch {
-	case name == "all":
-		return s.shownDestinations(), nil
-	case name == controlID && s.control != nil:
-		return s.control.rule.shown(), nil
-	}
-	name, err := cleanName("id", name)
-	if err != nil {
-		return nil, err
-	}
-	rule, err := s.rules.destination(name)
-	return rule.shown(), err
+	return s.listDestination(r.PathValue("id"))
 }
 
 func (s *server) deleteDestination(r *http.Request) (any, error) {
-	name := r.PathValue("id")
-	if name == "all" {
-		return "deleteAll", s.rules.deleteDestinations()
-	}
-	name, err := cleanName("id", name)
-	if err != nil {
-		return nil, err
-	}
-	return name, s.rules.deleteDestination(name)
+	return s.dropDestination(r.PathValue("id"))
 }
 
 // postFeed publishes the body until it ends.

@@ -69,13 +69,8 @@ func (c *control) connect(ctx context.Context, tell bool) (healthy bool, err err
 	if err != nil {
 		return false, err
 	}
-	c.is("open")
 	opened := time.Now()
-	if tell {
-		c.log.Info("connected")
-	} else {
-		defer time.AfterFunc(healthyAfter, func() { c.log.Info("connected again") }).Stop()
-	}
+	defer c.opens(tell)()
 	writing, cancel := context.WithCancel(ctx)
 	defer cancel()
 	err = l.serve(ctx, l.subscribe(masked, 0), func() error { return c.obey(writing, l, ws) }, cancel)
@@ -185,15 +180,20 @@ func (s *server) do(command []byte) (any, error) {
 		v, err := report(s)
 		return map[string]any{c.Verb: v}, err
 	}
-	do := map[string]func(string) (any, error){
-		"list stream":        s.listStream,
-		"list destination":   s.listDestination,
-		"delete stream":      s.dropStream,
-		"delete destination": s.dropDestination,
-	}[c.Verb+" "+c.What]
+	switch c.Verb + " " + c.What {
+	case "list stream":
+		return s.listStream(c.Which)
+	case "list destination":
+		return s.listDestination(c.Which)
+	case "delete stream":
+		return deleted(s.dropStream(c.Which))
+	case "delete destination":
+		if c.Which == controlID {
+			return nil, invalid("Cannot delete %s", controlID)
+		}
+		return deleted(s.dropDestination(c.Which))
+	}
 	switch {
-	case do != nil:
-		return do(c.Which)
 	case c.Verb == "add" && (c.What == "stream" || c.What == "destination") && c.Rule == nil:
 		return nil, invalid(`add %s: "rule" is missing`, c.What)
 	case c.Verb == "add" && c.What == "stream":
@@ -245,29 +245,28 @@ func (s *server) listDestination(which string) (any, error) {
 	return rule.shown(), err
 }
 
-func (s *server) dropStream(which string) (any, error) {
+// dropStream deletes a stream, or all, and returns what it has deleted.
+func (s *server) dropStream(which string) (string, error) {
 	if which == "all" {
-		return deleted("deleteAll"), s.rules.deleteStreams()
+		return "deleteAll", s.rules.deleteStreams()
 	}
 	name, err := cleanStream(which)
 	if err != nil {
-		return nil, err
+		return "", err
 	}
-	return deleted(name), s.rules.deleteStream(name)
+	return name, s.rules.deleteStream(name)
 }
 
-func (s *server) dropDestination(which string) (any, error) {
-	switch which {
-	case "all":
-		return deleted("deleteAll"), s.rules.deleteDestinations()
-	case controlID:
-		return nil, invalid("Cannot delete %s", controlID)
+// dropDestination deletes a destination, or all, and returns what it has deleted.
+func (s *server) dropDestination(which string) (string, error) {
+	if which == "all" {
+		return "deleteAll", s.rules.deleteDestinations()
 	}
 	name, err := cleanName("id", which)
 	if err != nil {
-		return nil, err
+		return "", err
 	}
-	return deleted(name), s.rules.deleteDestination(name)
+	return name, s.rules.deleteDestination(name)
 }
 
-func deleted(what string) any { return map[string]string{"deleted": what} }
+func deleted(what string, err error) (any, error) { return map[string]string{"deleted": what}, err }

@@ -644,6 +644,18 @@ func failure(err error) string {
 	return err.Error()
 }
 
+// opens notes that a connection is open. The log is told now, or when it has
+// lasted until then without a call of stop: it may be one that closes at once.
+func (d *destination) opens(tell bool) (stop func()) {
+	d.is("open")
+	if tell {
+		d.log.Info("connected")
+		return func() {}
+	}
+	t := time.AfterFunc(healthyAfter, func() { d.log.Info("connected again") })
+	return func() { t.Stop() }
+}
+
 // connect is one connection: open, then send. healthy tells whether it
 // was open for 5 s; the error, never nil, why it ended.
 func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err error) {
@@ -660,14 +672,9 @@ func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err
 	d.mu.Lock()
 	d.link, d.sub = l, s
 	d.mu.Unlock()
-	d.is("open")
 	d.mux.join(d.rule.Stream, s)
 	opened := time.Now()
-	if tell {
-		d.log.Info("connected")
-	} else { // it may be one that closes at once: tell when it has lasted
-		defer time.AfterFunc(healthyAfter, func() { d.log.Info("connected again") }).Stop()
-	}
+	defer d.opens(tell)()
 	err = l.serve(ctx, s, func() error { return discard(ws) }, func() {
 		if ctx.Err() != nil {
 			d.hush()

@@ -161,15 +161,17 @@ func (l *lab) film(ctx context.Context, name string, size int) {
 	}
 }
 
+// replies is a relay or proxy that answers a request with s.
+func replies(s string) func(int64, string, net.Conn) {
+	return func(_ int64, _ string, conn net.Conn) {
+		http.ReadRequest(bufio.NewReader(conn))
+		io.WriteString(conn, s)
+	}
+}
+
 // TestBackoff: how often relays that do not work are dialled in 60 s, and
 // what the log says of them.
 func TestBackoff(t *testing.T) {
-	reply := func(s string) func(int64, string, net.Conn) {
-		return func(_ int64, _ string, conn net.Conn) {
-			http.ReadRequest(bufio.NewReader(conn))
-			io.WriteString(conn, s)
-		}
-	}
 	tests := []struct {
 		name        string
 		relay       func(n int64, host string, conn net.Conn)
@@ -177,19 +179,19 @@ func TestBackoff(t *testing.T) {
 		log         string
 	}{
 		{"refuses", nil, 150, 750, "connection refused"},
-		{"closes at once", reply(""), 9, 15, "closed without an answer"},
+		{"closes at once", replies(""), 9, 15, "closed without an answer"},
 		{"accepts, then closes", func(_ int64, _ string, conn net.Conn) { accept(conn) }, 9, 15, "closed by the other side"},
-		{"401", reply("HTTP/1.1 401 Unauthorized\r\n\r\n"), 6, 8, "401 Unauthorized"},
-		{"404", reply("HTTP/1.1 404 Not Found\r\n\r\n"), 6, 8, "404 Not Found"},
-		{"503", reply("HTTP/1.1 503 Busy\r\n\r\n"), 150, 750, "503 Busy"},
-		{"500", reply("HTTP/1.1 500 Oops\r\n\r\n"), 9, 15, "500 Oops"},
+		{"401", replies("HTTP/1.1 401 Unauthorized\r\n\r\n"), 6, 8, "401 Unauthorized"},
+		{"404", replies("HTTP/1.1 404 Not Found\r\n\r\n"), 6, 8, "404 Not Found"},
+		{"503", replies("HTTP/1.1 503 Busy\r\n\r\n"), 150, 750, "503 Busy"},
+		{"500", replies("HTTP/1.1 500 Oops\r\n\r\n"), 9, 15, "500 Oops"},
 		{"never answers", func(_ int64, _ string, conn net.Conn) { io.Copy(io.Discard, conn) }, 5, 9, "no answer within 5s"},
-		{"1 MB of header", reply("HTTP/1.1 101 Switching Protocols\r\n" + strings.Repeat("X: yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy\r\n", 20000)), 9, 15, "longer than 16384 bytes"},
-		{"one endless line", reply("HTTP/1.1 101 " + strings.Repeat("y", 1<<20)), 9, 15, "longer than 16384 bytes"},
-		{"SSH", reply("SSH-2.0-OpenSSH_9.2\r\n"), 9, 15, "SSH-2.0-OpenSSH_9.2"},
-		{"a line for the log", reply("HTTP/1.1 500 a\x1b[31mb\r\n\r\n"), 9, 15, `\\x1b`},
-		{"not a websocket", reply("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"), 9, 15, "200 OK"},
-		{"a wrong accept", reply("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: x\r\n\r\n"), 9, 15, "mismatch challenge/response"},
+		{"1 MB of header", replies("HTTP/1.1 101 Switching Protocols\r\n" + strings.Repeat("X: yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy\r\n", 20000)), 9, 15, "longer than 16384 bytes"},
+		{"one endless line", replies("HTTP/1.1 101 " + strings.Repeat("y", 1<<20)), 9, 15, "longer than 16384 bytes"},
+		{"SSH", replies("SSH-2.0-OpenSSH_9.2\r\n"), 9, 15, "SSH-2.0-OpenSSH_9.2"},
+		{"a line for the log", replies("HTTP/1.1 500 a\x1b[31mb\r\n\r\n"), 9, 15, `\\x1b`},
+		{"not a websocket", replies("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"), 9, 15, "200 OK"},
+		{"a wrong accept", replies("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: x\r\n\r\n"), 9, 15, "mismatch challenge/response"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -517,29 +517,7 @@ func TestHostileRelays(t *testing.T) {
 	b := besiege(t)
 	for i, tt := range tests {
 		l := listenLoopback(t)
-		var serving sync.WaitGroup
-		end := make(chan struct{})
-		serving.Go(func() {
-			for {
-				conn, err := l.Accept()
-				if err != nil {
-					return
-				}
-				serving.Go(func() {
-					defer conn.Close()
-					tt.relay(conn)
-				})
-				serving.Go(func() {
-					<-end
-					conn.Close()
-				})
-			}
-		})
-		t.Cleanup(func() {
-			l.Close()
-			close(end)
-			serving.Wait()
-		})
+		serveEach(t, l, tt.relay)
 		b.call(t, http.StatusOK, "POST", "/api/destinations", fmt.Sprintf(`{"id":%d,"stream":"neighbour","destination":"ws://u:%s@%s"}`, i, secretUser, l.Addr()))
 	}
 	for i, tt := range tests {

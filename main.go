@@ -156,7 +156,7 @@ func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logge
 		}
 	}
 	s := newServer(work, r, set.token, log)
-	s.player, _ = newPlayer(set.player)
+	s.player = set.player
 	if _, err := os.Stat(s.player.file); s.player.file != "" && err != nil {
 		log.Warn("VW_PLAYER: the page has no player", "err", err)
 	}
@@ -254,7 +254,7 @@ type settings struct {
 	apiToken   string
 	state      string // file; "": none
 	maxLag     time.Duration
-	player     string // "": the default
+	player     player
 	cpuProfile string
 }
 
@@ -305,8 +305,8 @@ var variables = []variable{
 		return "a duration from 10ms to 1m, such as 500ms", err == nil && 10*time.Millisecond <= d && d <= time.Minute
 	}},
 	{"VW_PLAYER", "", "JSMpeg from a CDN", "the page's player: a file beside vw, or a URL", func(s *settings, v string) (string, bool) {
-		s.player = v
-		_, ok := newPlayer(v)
+		var ok bool
+		s.player, ok = newPlayer(v)
 		return "a file, or a URL of http or https", ok
 	}},
 	{"VW_CPUPROFILE", "", "none", "file for a CPU profile of 30 s", func(s *settings, v string) (string, bool) {
@@ -327,6 +327,7 @@ func settingsHelp() string {
 // good as none. An error names the variable, the value and what is allowed.
 func readSettings(env []string) (settings, []string, error) {
 	s := settings{port: 8888, maxLag: 500 * time.Millisecond}
+	s.player, _ = newPlayer("")
 	var warnings []string
 	for _, e := range env {
 		name, value, _ := strings.Cut(e, "=")

@@ -2,12 +2,8 @@ package main
 
 import (
 	"bufio"
-	"bytes"
-	"encoding/base64"
 	"encoding/json"
 	"fmt"
-	"image"
-	"image/png"
 	"io"
 	"net"
 	"net/http"
@@ -376,25 +372,6 @@ func (b pageBrowser) look(t *testing.T, name string) {
 			b.capture(t, fmt.Sprintf("%s-%s-%s.png", name, device, scheme), map[string]any{"captureBeyondViewport": true})
 		}
 	}
-}
-
-// capture takes a picture of the page, or of the clip in params.
-func (b pageBrowser) capture(t *testing.T, name string, params map[string]any) image.Image {
-	t.Helper()
-	var shot struct{ Data string }
-	b.call(t, "Page.captureScreenshot", params, &shot)
-	data, err := base64.StdEncoding.DecodeString(shot.Data)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(t.ArtifactDir(), name), data, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	p, err := png.Decode(bytes.NewReader(data))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return p
 }
 
 // npmPlayer is the file of JSMpeg in its npm package.

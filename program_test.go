@@ -1113,14 +1113,12 @@ func (b *browser) evaluate(t *testing.T, expression string, result any) {
 	}
 }
 
-// screenshot returns the canvas as a person sees it, and leaves it among the
-// artifacts of the test.
-func (b *browser) screenshot(t *testing.T, name string) image.Image {
+// capture takes a picture of the page, or of the clip in params, and leaves it
+// among the artifacts of the test.
+func (b *browser) capture(t *testing.T, name string, params map[string]any) image.Image {
 	t.Helper()
 	var shot struct{ Data string }
-	b.call(t, "Page.captureScreenshot", map[string]any{
-		"format": "png", "clip": map[string]any{"x": 0, "y": 0, "width": 640, "height": 480, "scale": 1},
-	}, &shot)
+	b.call(t, "Page.captureScreenshot", params, &shot)
 	data, err := base64.StdEncoding.DecodeString(shot.Data)
 	if err != nil {
 		t.Fatal(err)
@@ -1133,4 +1131,10 @@ func (b *browser) screenshot(t *testing.T, name string) image.Image {
 		t.Fatal(err)
 	}
 	return p
+}
+
+// screenshot captures the canvas as a person sees it.
+func (b *browser) screenshot(t *testing.T, name string) image.Image {
+	t.Helper()
+	return b.capture(t, name, map[string]any{"clip": map[string]any{"x": 0, "y": 0, "width": 640, "height": 480, "scale": 1}})
 }

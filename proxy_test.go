@@ -33,12 +33,6 @@ func proxyAt(t *testing.T, s string) func(*http.Request) (*url.URL, error) {
 // 60 s, and what the log says of it.
 func TestProxyAnswers(t *testing.T) {
 	t.Parallel()
-	answer := func(s string) func(int64, string, net.Conn) {
-		return func(_ int64, _ string, conn net.Conn) {
-			http.ReadRequest(bufio.NewReader(conn))
-			io.WriteString(conn, s)
-		}
-	}
 	tests := []struct {
 		name        string
 		proxy       func(n int64, host string, conn net.Conn)
@@ -46,18 +40,18 @@ func TestProxyAnswers(t *testing.T) {
 		log         string
 	}{
 		{"is away", nil, 150, 750, "proxy 10.0.0.1:3128: connection refused"},
-		{"wants credentials", answer("HTTP/1.1 407 Proxy Authentication Required\r\n\r\n"), 6, 8, "proxy 10.0.0.1:3128: 407 Proxy Authentication Required"},
-		{"forbids", answer("HTTP/1.0 403 Filtered\r\n\r\n"), 6, 8, "proxy 10.0.0.1:3128: 403 Filtered"},
-		{"can't reach the relay", answer("HTTP/1.1 502 Bad Gateway\r\nContent-Length: 9\r\n\r\nno route"), 150, 750, "502 Bad Gateway"},
-		{"waited for the relay", answer("HTTP/1.1 504 Gateway Timeout\r\n\r\n"), 150, 750, "504 Gateway Timeout"},
-		{"can't, as tinyproxy says it", answer("HTTP/1.0 500 Unable to connect\r\n\r\n"), 150, 750, "500 Unable to connect"},
-		{"is a web server", answer("HTTP/1.1 405 Method Not Allowed\r\n\r\n"), 9, 15, "405 Method Not Allowed"},
-		{"closes", answer(""), 9, 15, "closed without an answer"},
+		{"wants credentials", replies("HTTP/1.1 407 Proxy Authentication Required\r\n\r\n"), 6, 8, "proxy 10.0.0.1:3128: 407 Proxy Authentication Required"},
+		{"forbids", replies("HTTP/1.0 403 Filtered\r\n\r\n"), 6, 8, "proxy 10.0.0.1:3128: 403 Filtered"},
+		{"can't reach the relay", replies("HTTP/1.1 502 Bad Gateway\r\nContent-Length: 9\r\n\r\nno route"), 150, 750, "502 Bad Gateway"},
+		{"waited for the relay", replies("HTTP/1.1 504 Gateway Timeout\r\n\r\n"), 150, 750, "504 Gateway Timeout"},
+		{"can't, as tinyproxy says it", replies("HTTP/1.0 500 Unable to connect\r\n\r\n"), 150, 750, "500 Unable to connect"},
+		{"is a web server", replies("HTTP/1.1 405 Method Not Allowed\r\n\r\n"), 9, 15, "405 Method Not Allowed"},
+		{"closes", replies(""), 9, 15, "closed without an answer"},
 		{"is silent", func(_ int64, _ string, conn net.Conn) { io.Copy(io.Discard, conn) }, 5, 9, "no answer within 5s"},
-		{"has an endless header", answer("HTTP/1.1 200 OK\r\nX: " + strings.Repeat("y", 1<<20)), 9, 15, "longer than 16384 bytes"},
-		{"is an SSH server", answer("SSH-2.0-OpenSSH_9.2\r\n\r\n"), 9, 15, "SSH-2.0-OpenSSH_9.2"},
-		{"has a long line", answer("HTTP/1.1 407 " + strings.Repeat("y", 9000) + "\r\n\r\n"), 6, 8, "407 yyyy"},
-		{"has a line for the log", answer("HTTP/1.1 407 a\x1b[31mb\r\n\r\n"), 6, 8, `a\\x1b[31mb`},
+		{"has an endless header", replies("HTTP/1.1 200 OK\r\nX: " + strings.Repeat("y", 1<<20)), 9, 15, "longer than 16384 bytes"},
+		{"is an SSH server", replies("SSH-2.0-OpenSSH_9.2\r\n\r\n"), 9, 15, "SSH-2.0-OpenSSH_9.2"},
+		{"has a long line", replies("HTTP/1.1 407 " + strings.Repeat("y", 9000) + "\r\n\r\n"), 6, 8, "407 yyyy"},
+		{"has a line for the log", replies("HTTP/1.1 407 a\x1b[31mb\r\n\r\n"), 6, 8, `a\\x1b[31mb`},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
