@@ -108,6 +108,7 @@ func silent(conn net.Conn) { io.Copy(io.Discard, conn) }
 // is the address of what serve serves, with TLS when there is a certificate;
 // CLOSED refuses connections, and FULL drops them.
 func TestCheck(t *testing.T) {
+	t.Parallel()
 	const day = 24 * time.Hour
 	date := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(time.DateOnly) }
 	for _, tt := range []struct {
@@ -192,6 +193,7 @@ func checkOutput(t *testing.T, status int, out, step, want string) {
 
 // TestCheckEnvironment: what Go reads from the environment of the process.
 func TestCheckEnvironment(t *testing.T) {
+	t.Parallel()
 	proxy := func(s string) func(net.Conn) { return reply("HTTP/1.1 " + s + "\r\n\r\n") }
 	cert := selfSigned(t, func(*x509.Certificate) {})
 	authority := filepath.Join(t.TempDir(), "ca.pem")

@@ -199,6 +199,7 @@ func (c *controller) ask(t *testing.T, message any) string {
 // at full speed are a thousand answers in their order; what is not a command
 // is refused, and the link stays; so it does when everything is deleted.
 func TestE2EControl(t *testing.T) {
+	t.Parallel()
 	_, relay := startTokenRelay(t, "127.0.0.1:0")
 	v := startVW(t, "VW_API=ws://"+relay+"/control")
 	v.expect(t, 0, startupTime, `msg=connected dest=apiRule `)

@@ -222,6 +222,7 @@ func layoutOf(request uintptr, v any) string {
 // TestLayout: the structures of the ioctls and their numbers are those of the
 // kernel's headers, here and in a program for arm64, which is this test again.
 func TestLayout(t *testing.T) {
+	t.Parallel()
 	got := layoutOf(vidiocQueryCap, v4l2Capability{}) + layoutOf(vidiocEnumFmt, v4l2FmtDesc{}) +
 		layoutOf(vidiocEnumFrameSizes, v4l2FrmSizeEnum{}) + layoutOf(vidiocEnumFrameIntervals, v4l2FrmIvalEnum{})
 	want, again := os.LookupEnv("VW_LAYOUT")

@@ -397,6 +397,7 @@ func part(row, class string) string { return row + "?.querySelector('." + class 
 // TestPage: everything that the page is for, in a browser, with real ffmpegs
 // and a relay that is not ours.
 func TestPage(t *testing.T) {
+	t.Parallel()
 	v := startVW(t, "VW_PLAYER="+npmPlayer(t))
 	b := pageBrowser{startBrowser(t)}
 	b.open(t, v.url+"/")
@@ -554,6 +555,7 @@ func TestPageDeadRelay(t *testing.T) {
 // TestPagePlayerURL: the policy lets the page load a player from where
 // VW_PLAYER says.
 func TestPagePlayerURL(t *testing.T) {
+	t.Parallel()
 	elsewhere := httptest.NewServer(http.FileServer(http.Dir(filepath.Dir(npmPlayer(t)))))
 	t.Cleanup(elsewhere.Close)
 	v := startVW(t, "VW_PLAYER="+elsewhere.URL+"/jsmpeg-player.umd.min.js?x=1")

@@ -315,6 +315,7 @@ func TestStreamChanges(t *testing.T) {
 // TestStreamPIDs: a PID stays that of its track when that is gone, for as long
 // as there are PIDs to spare.
 func TestStreamPIDs(t *testing.T) {
+	t.Parallel()
 	b := newBench(t, "stream/x")
 	b.at = time.Now().Add(time.Hour) // after every change of the stream
 	check := newTSCheck()
@@ -396,6 +397,7 @@ func TestStreamReader(t *testing.T) {
 
 // TestClockDrift: 50 ppm for 24 h, with 20 ms of jitter, stays within 20 ms.
 func TestClockDrift(t *testing.T) {
+	t.Parallel()
 	for _, ppm := range []int64{50, -50} {
 		var c clock
 		r := rand.New(rand.NewPCG(1, 2))

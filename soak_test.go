@@ -21,6 +21,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -257,19 +258,42 @@ func (l *live) Read(p []byte) (int, error) {
 	return n, nil
 }
 
+// alone runs t in a process of its own, whose goroutines and memory t may then
+// count, beside other tests. It returns whether it did: in that process it does not.
+func alone(t *testing.T) bool {
+	if os.Getenv("VW_TEST_ALONE") != "" {
+		return false
+	}
+	limit := time.Duration(0)
+	if deadline, ok := t.Deadline(); ok {
+		limit = time.Until(deadline)
+	}
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.v", "-test.run=^"+t.Name()+"$", fmt.Sprint("-test.timeout=", limit),
+		fmt.Sprint("-soak=", *soakTime), fmt.Sprint("-seed=", *soakSeed), fmt.Sprint("-long=", *long))
+	cmd.Env = append(os.Environ(), "VW_TEST_ALONE=1", "GOMAXPROCS=1") // and a processor is left to the others
+	cmd.Stdout, cmd.Stderr = t.Output(), t.Output()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Parallel()
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	return true
+}
+
 // TestSoak24: 86,400 streams with a feed and a destination of their own, each
 // for one second of a day, beside a destination of each temper for all of it.
-// The race detector gets a frame a second in place of 25, and without -long a
-// third of the day. The video's PTS wrap at half time.
-//
-// Not parallel, as TestSoak: it counts what the whole process has.
+// The race detector gets a frame a second in place of 25. The video's PTS wrap
+// at half time.
 func TestSoak24(t *testing.T) {
-	hours, frame := 24, 40*time.Millisecond
+	if alone(t) {
+		return
+	}
+	const hours = 24
+	frame := 40 * time.Millisecond
 	if raceEnabled {
 		frame = time.Second
-		if !*long {
-			hours = 4
-		}
 	}
 	synctest.Test(t, func(t *testing.T) {
 		before := runtime.NumGoroutine()
@@ -634,6 +658,9 @@ func (s *shore) watch(ctx context.Context, dice *rand.Rand) {
 // nothing is left. The collector, which would close connections that vw forgot,
 // runs only then.
 func TestSoak(t *testing.T) {
+	if alone(t) {
+		return
+	}
 	ctx, end := context.WithCancelCause(t.Context())
 	r := newRules(ctx, newMux(), 500*time.Millisecond, discardLog)
 	s := &shore{soak: newSoak(t, r)}

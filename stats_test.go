@@ -196,6 +196,7 @@ func TestDestinationStats(t *testing.T) {
 
 // TestMetrics: Prometheus' own linter has no complaint, and counters are there.
 func TestE2EMetrics(t *testing.T) {
+	t.Parallel()
 	vw := startVW(t)
 	post := startPost(t, vw.addr, "video0")
 	post.write(t, testClip(50, 2000))
