@@ -456,7 +456,7 @@ func (s *server) in(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer s.door.settle(r) // http.Server does not tell the end of a connection that was hijacked
-	s.upgrade(w, r, func(l *link, ws *websocket.Conn) error {
+	s.upgrade(w, r, func(l *link, in *inbox) error {
 		l.log = s.log.With("feed", name, "remote", r.RemoteAddr)
 		l.log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
 		ctx, cancel := context.WithCancelCause(s.ctx)
@@ -464,19 +464,22 @@ func (s *server) in(w http.ResponseWriter, r *http.Request) {
 		p := newPublisher(r, func() { cancel(errReplaced) })
 		p.begun = func() { s.door.settle(r) }
 		return l.serve(ctx, l.subscribe(bare, s.maxLag), func() error {
-			return s.mux.publish(name, p, cutOff{ws})
+			return s.mux.publish(name, p, messages{in})
 		}, func() {})
 	})
 }
 
-// cutOff is a reader whose end is never a proper one: x/net does not tell a
-// close frame from a lost connection.
-type cutOff struct{ io.Reader }
+// messages are what a publisher sends on a websocket: a close frame is the proper
+// end, and not that of the connection.
+type messages struct{ *inbox }
 
-func (c cutOff) Read(p []byte) (int, error) {
-	n, err := c.Reader.Read(p)
-	if err == io.EOF {
-		err = errPeerClosed
+func (m messages) Read(p []byte) (int, error) {
+	n, err := m.inbox.Read(p)
+	switch {
+	case errors.Is(err, errPeerClosed):
+		err = io.EOF
+	case err == io.EOF:
+		err = io.ErrUnexpectedEOF
 	}
 	return n, err
 }
@@ -494,12 +497,12 @@ func (s *server) out(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer leave()
-	s.upgrade(w, r, func(l *link, ws *websocket.Conn) error {
+	s.upgrade(w, r, func(l *link, in *inbox) error {
 		l.log = s.log.With("stream", name, "remote", r.RemoteAddr)
 		l.log.Info("reader arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
 		sub := l.subscribe(bare, s.maxLag)
 		s.mux.join(name, sub)
-		err := l.serve(s.ctx, sub, func() error { return discard(ws) }, func() {})
+		err := l.serve(s.ctx, sub, func() error { return discard(in) }, func() {})
 		s.mux.leave(name, sub)
 		sub.end()
 		return err
@@ -509,7 +512,7 @@ func (s *server) out(w http.ResponseWriter, r *http.Request) {
 // upgrade makes a websocket of the request, and closes it when serve returns.
 // The first subprotocol that is offered is accepted, whatever it is: JSMpeg
 // offers "null".
-func (s *server) upgrade(w http.ResponseWriter, r *http.Request, serve func(*link, *websocket.Conn) error) {
+func (s *server) upgrade(w http.ResponseWriter, r *http.Request, serve func(*link, *inbox) error) {
 	if err := checkUpgrade(r); err != nil {
 		w.Header().Set("Upgrade", "websocket")
 		w.Header().Set("Sec-WebSocket-Version", websocket.SupportedProtocolVersion)
@@ -522,9 +525,8 @@ func (s *server) upgrade(w http.ResponseWriter, r *http.Request, serve func(*lin
 			c.Protocol = c.Protocol[:min(len(c.Protocol), 1)]
 			return nil
 		},
-		Handler: func(ws *websocket.Conn) {
-			h.link.opening = false
-			err := serve(h.link, ws)
+		Handler: func(*websocket.Conn) {
+			err := serve(h.link, h.inbox)
 			h.link.log.Info("websocket ended", "err", err)
 		},
 	}.ServeHTTP(h, r)
@@ -552,8 +554,9 @@ func checkUpgrade(r *http.Request) error {
 // hijacker gives x/net a link in place of the connection.
 type hijacker struct {
 	http.ResponseWriter
-	log  *slog.Logger
-	link *link
+	log   *slog.Logger
+	link  *link
+	inbox *inbox
 }
 
 // Hijack implements http.Hijacker.
@@ -564,11 +567,11 @@ func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	}
 	conn.SetWriteDeadline(time.Now().Add(time.Second)) // its peer may not read
 	h.link = newLink(conn, h.log)
-	h.link.opening, h.link.budget = true, maxHandshake
 	var early io.Reader = h.link
 	if n := rw.Reader.Buffered(); n > 0 { // frames that came with the request
 		b, _ := rw.Reader.Peek(n)
 		early = io.MultiReader(bytes.NewReader(bytes.Clone(b)), h.link)
 	}
-	return h.link, bufio.NewReadWriter(bufio.NewReader(early), bufio.NewWriter(h.link)), nil
+	h.inbox = newInbox(h.link, early)
+	return conn, rw, nil
 }

@@ -8,7 +8,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -82,7 +81,7 @@ func (c *checkup) run(ctx context.Context) {
 	}
 	l := newLink(conn, slog.New(slog.DiscardHandler))
 	l.silence = maxSilence
-	ws, err := l.open(ctx, c.d.url, c.d.roots, make(http.Header))
+	in, err := l.open(ctx, c.d.url, c.d.roots, make(http.Header))
 	if err != nil {
 		conn.Close()
 	}
@@ -105,14 +104,13 @@ func (c *checkup) run(ctx context.Context) {
 	}
 	c.did("authorised", nil, allowed)
 
-	watch := &pongs{Conn: l.Conn}
-	l.Conn = watch
+	l.pings, l.silence = 0, 0 // measure does that
 	s := l.subscribe(masked, 500*time.Millisecond)
 	serving, cancel := context.WithCancelCause(ctx)
 	ended := make(chan error, 1)
 	var tasks sync.WaitGroup
-	tasks.Go(func() { ended <- l.serve(serving, s, func() error { return discard(ws) }, func() {}) })
-	c.measure(l, s, watch, ended)
+	tasks.Go(func() { ended <- l.serve(serving, s, func() error { return discard(in) }, func() {}) })
+	c.measure(l, s, ended)
 	cancel(errRemoved)
 	tasks.Wait()
 	s.end()
@@ -178,10 +176,10 @@ func holders(c *x509.Certificate) string {
 
 // measure takes the steps of an open websocket, ping and send. ended tells why
 // it was closed.
-func (c *checkup) measure(l *link, s *subscriber, watch *pongs, ended <-chan error) {
+func (c *checkup) measure(l *link, s *subscriber, ended <-chan error) {
 	var least, most time.Duration
 	for i := range 3 {
-		rtt, err := ping(l, watch, ended)
+		rtt, err := ping(l, ended)
 		if err != nil {
 			c.did("ping", err, "")
 			return
@@ -215,7 +213,7 @@ func (c *checkup) measure(l *link, s *subscriber, watch *pongs, ended <-chan err
 	}
 	took := time.Since(start)
 	mbit := func(n int) float64 { return float64(n) * 8 / took.Seconds() / 1e6 }
-	rtt, err := ping(l, watch, ended)
+	rtt, err := ping(l, ended)
 	if err != nil {
 		c.did("send", fmt.Errorf("%w, after %.1f Mbit/s that the next machine acknowledged", err, mbit(acked)), "")
 		return
@@ -229,55 +227,19 @@ func (c *checkup) measure(l *link, s *subscriber, watch *pongs, ended <-chan err
 }
 
 // ping waits for the pong to a ping, at most 5 s.
-func ping(l *link, watch *pongs, ended <-chan error) (time.Duration, error) {
-	payload := []byte(rand.Text())
-	pong := watch.await(payload)
-	start := time.Now()
-	l.Write(appendFrame(nil, opPing, payload, true))
-	select {
-	case <-pong:
-		return time.Since(start), nil
-	case err := <-ended:
-		return 0, err
-	case <-time.After(maxStall):
-		return 0, fmt.Errorf("no answer to a ping within %v", maxStall)
+func ping(l *link, ended <-chan error) (time.Duration, error) {
+	l.reply(l.newPing(time.Now()))
+	timeout := time.After(maxStall)
+	for l.ping.Load() != nil {
+		select {
+		case err := <-ended:
+			return 0, err
+		case <-timeout:
+			return 0, fmt.Errorf("no answer to a ping within %v", maxStall)
+		case <-time.After(time.Millisecond):
+		}
 	}
-}
-
-// pongs is a connection that looks for a pong in what is read: it brings the
-// payload of its ping back, and is not masked. RFC 6455 5.5.3.
-type pongs struct {
-	net.Conn
-
-	mu      sync.Mutex
-	payload []byte // nil: none is awaited
-	tail    []byte // of what was read, shorter than payload
-	seen    chan struct{}
-}
-
-// await returns a channel that is closed when the pong was read.
-func (p *pongs) await(payload []byte) <-chan struct{} {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.payload, p.tail, p.seen = payload, nil, make(chan struct{})
-	return p.seen
-}
-
-func (p *pongs) Read(b []byte) (int, error) {
-	n, err := p.Conn.Read(b)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.payload == nil {
-		return n, err
-	}
-	p.tail = append(p.tail, b[:n]...)
-	if bytes.Contains(p.tail, p.payload) {
-		p.payload = nil
-		close(p.seen)
-	} else {
-		p.tail = p.tail[max(0, len(p.tail)-len(p.payload)+1):]
-	}
-	return n, err
+	return time.Duration(l.roundTrip.Load()), nil
 }
 
 // did tells of the step that has ended, with err or else the detail, and the

@@ -19,8 +19,6 @@ import (
 	"iter"
 	"net/url"
 	"time"
-
-	"golang.org/x/net/websocket"
 )
 
 const (
@@ -65,7 +63,7 @@ func (s *server) startControl(rule destinationRule) {
 
 // connect is one connection, as destination.connect.
 func (c *control) connect(ctx context.Context, tell bool) (healthy bool, err error) {
-	l, ws, err := c.open(ctx)
+	l, in, err := c.open(ctx)
 	if err != nil {
 		return false, err
 	}
@@ -73,22 +71,19 @@ func (c *control) connect(ctx context.Context, tell bool) (healthy bool, err err
 	defer c.opens(tell)()
 	writing, cancel := context.WithCancel(ctx)
 	defer cancel()
-	err = l.serve(ctx, l.subscribe(masked, 0), func() error { return c.obey(writing, l, ws) }, cancel)
+	err = l.serve(ctx, l.subscribe(masked, 0), func() error { return c.obey(writing, l, in) }, cancel)
 	return time.Since(opened) >= healthyAfter, lost{err}
 }
 
 // obey reads commands and queues answers until the connection ends, or ctx.
-func (c *control) obey(ctx context.Context, l *link, ws *websocket.Conn) error {
-	in := inbox{ws: ws, limit: maxMessage}
+func (c *control) obey(ctx context.Context, l *link, in *inbox) error {
 	for {
-		opcode, b, err := in.next()
+		opcode, b, err := in.message(maxMessage)
 		switch {
 		case err == errTooLong:
 			err = invalid("message: more than %d bytes", maxMessage)
 		case err != nil:
 			return err
-		case opcode == opPong:
-			continue
 		case opcode != opText:
 			err = invalid("message: it is binary, a command is text")
 		}

@@ -18,15 +18,9 @@ import (
 	"net/http"
 	"net/url"
 	"time"
-
-	"golang.org/x/net/websocket"
 )
 
-const (
-	maxAccess = 64 << 10 // bytes of answer to the POST
-
-	opText = 0x1 // RFC 6455 5.2
-)
+const maxAccess = 64 << 10 // bytes of answer to the POST
 
 // tokenRefused: the relay does not want the token. It will not change its mind soon.
 type tokenRefused struct{ text string }
@@ -35,7 +29,7 @@ func (e tokenRefused) Error() string { return e.text }
 
 // open connects to the relay, and returns when media may flow. It blocks for
 // 24 s at most, and ends with ctx. An error does not show a secret.
-func (d *destination) open(ctx context.Context) (l *link, ws *websocket.Conn, err error) {
+func (d *destination) open(ctx context.Context) (l *link, in *inbox, err error) {
 	secrets := append(d.rule.secrets(), inQuery(d.url)...)
 	defer func() { err = hide(err, secrets) }()
 	u, header := d.url, d.rule.Headers.http()
@@ -52,19 +46,19 @@ func (d *destination) open(ctx context.Context) (l *link, ws *websocket.Conn, er
 	}
 	l = newLink(conn, d.log)
 	l.silence = maxSilence
-	ws, err = l.open(ctx, u, d.roots, header)
+	in, err = l.open(ctx, u, d.roots, header)
 	switch {
 	case err != nil:
 	case access:
-		err = l.prove(ctx, ws)
+		err = l.prove(ctx, in)
 	case d.rule.Token != "":
-		err = l.present(ctx, ws, d.rule.Token)
+		err = l.present(ctx, in, d.rule.Token)
 	}
 	if err != nil {
 		conn.Close()
 		return nil, nil, err
 	}
-	return l, ws, nil
+	return l, in, nil
 }
 
 // access shows the token to an access point, and returns the websocket that
@@ -159,51 +153,55 @@ func (e brief) Error() string { return fmt.Sprintf("%.200s", e.error.Error()) }
 func (e brief) Unwrap() error { return e.error }
 
 // present shows the token, and waits for the relay to say that it is good.
-func (l *link) present(ctx context.Context, ws *websocket.Conn, token string) error {
-	return l.exchange(ctx, ws, "token", appendFrame(nil, opText, []byte(token), l.masks), func(opcode byte, b []byte) (bool, error) {
-		if opcode != opText {
-			return false, nil
+func (l *link) present(ctx context.Context, in *inbox, token string) error {
+	return l.exchange(ctx, "token", appendFrame(nil, opText, []byte(token), l.masks), func() error {
+		for {
+			opcode, b, err := in.message(maxHandshake)
+			if err == errTooLong || err == nil && opcode != opText {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			var answer struct {
+				Authorised *bool
+				Reason     string
+			}
+			if err := json.Unmarshal(b, &answer); err != nil || answer.Authorised == nil {
+				return errors.New(`the relay's first text message is not {"authorised":…}`)
+			}
+			if !*answer.Authorised {
+				return tokenRefused{fmt.Sprintf("the relay refuses the token: %.200q", answer.Reason)}
+			}
+			return nil
 		}
-		var answer struct {
-			Authorised *bool
-			Reason     string
-		}
-		if err := json.Unmarshal(b, &answer); err != nil || answer.Authorised == nil {
-			return false, errors.New(`token: the relay's first text message is not {"authorised":…}`)
-		}
-		if !*answer.Authorised {
-			return false, tokenRefused{fmt.Sprintf("the relay refuses the token: %.200q", answer.Reason)}
-		}
-		return true, nil
 	})
 }
 
 // prove waits for an answer to a ping: a relay may accept the handshake, and
 // then leave a connection alone whose code was not good.
-func (l *link) prove(ctx context.Context, ws *websocket.Conn) error {
-	return l.exchange(ctx, ws, "access: ping", appendFrame(nil, opPing, nil, l.masks), func(opcode byte, _ []byte) (bool, error) {
-		return opcode == opPong, nil
+func (l *link) prove(ctx context.Context, in *inbox) error {
+	return l.exchange(ctx, "access: ping", appendFrame(nil, opPing, nil, l.masks), func() error {
+		for {
+			if opcode, err := in.next(); err != nil || opcode == opPong {
+				return err
+			}
+		}
 	})
 }
 
-// exchange writes frame, and reads at most 16 KiB within 5 s until done says
-// that the answer is there. It is called before serve, while nobody else reads
-// or writes.
-func (l *link) exchange(ctx context.Context, ws *websocket.Conn, what string, frame []byte, done func(opcode byte, b []byte) (bool, error)) error {
+// exchange writes frame, and then waits for answer, which reads at most 16 KiB
+// within 5 s. It is called before serve, while nobody else reads or writes.
+func (l *link) exchange(ctx context.Context, what string, frame []byte, answer func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	release := onDone(ctx, func() { l.SetDeadline(past) })
 	l.opening, l.budget = true, maxHandshake
-	in := inbox{ws: ws, limit: maxHandshake}
 	_, err := l.Conn.Write(frame)
-	for ok := false; err == nil && !ok; {
-		var opcode byte
-		var b []byte
-		if opcode, b, err = in.next(); err == nil {
-			ok, err = done(opcode, b)
-		}
+	if err == nil {
+		err = answer()
 	}
-	l.opening = false
+	l.opening, l.answer = false, nil
 	release()
 	switch {
 	case err == nil:
@@ -215,74 +213,8 @@ func (l *link) exchange(ctx context.Context, ws *websocket.Conn, what string, fr
 		return fmt.Errorf("%s: %w within %v", what, errNoAnswer, handshakeTimeout)
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
-	case err == io.EOF, err == io.ErrUnexpectedEOF:
+	case err == io.EOF, err == io.ErrUnexpectedEOF, errors.Is(err, errPeerClosed):
 		return fmt.Errorf("%s: %w", what, errUnanswered)
 	}
 	return fmt.Errorf("%s: %w", what, plain(err))
-}
-
-// errTooLong: a message was read to its end, and is not kept.
-var errTooLong = errors.New("the message is too long")
-
-// inbox reads the messages of a websocket, of at most limit bytes each.
-type inbox struct {
-	ws    *websocket.Conn
-	limit int
-
-	opcode byte   // of the message that is begun
-	b      []byte // what there is of it
-	long   bool   // it has more than limit
-}
-
-// next returns the next message, put together from its fragments, or a pong
-// without its payload. Pings are answered. What is too long is skipped, and is
-// errTooLong. RFC 6455 5.4
-func (in *inbox) next() (opcode byte, b []byte, err error) {
-	for {
-		frame, err := in.ws.NewFrameReader()
-		if err != nil {
-			return 0, nil, err
-		}
-		header, err := io.ReadAll(frame.HeaderReader())
-		if err != nil {
-			return 0, nil, err
-		}
-		size := int64(frame.Len()) - int64(len(header))
-		opcode, final := header[0]&15, header[0]&0x80 != 0 // RFC 6455 5.2
-		if frame, err = in.ws.HandleFrame(frame); err != nil {
-			return 0, nil, err
-		}
-		if frame == nil {
-			if opcode == opPong {
-				return opPong, nil, nil
-			}
-			continue
-		}
-		if opcode != 0 { // not a continuation
-			in.opcode, in.b, in.long = opcode, nil, false
-		}
-		part, err := io.ReadAll(io.LimitReader(frame, int64(in.limit-len(in.b)+1)))
-		if err != nil {
-			return 0, nil, err
-		}
-		rest, err := io.Copy(io.Discard, frame)
-		if err != nil {
-			return 0, nil, err
-		}
-		if int64(len(part))+rest < size {
-			return 0, nil, io.ErrUnexpectedEOF
-		}
-		in.b = append(in.b, part...)
-		if len(in.b) > in.limit {
-			in.b, in.long = nil, true
-		}
-		switch b := in.b; {
-		case !final:
-		case in.long:
-			return in.opcode, nil, errTooLong
-		default:
-			in.b = nil
-			return in.opcode, b, nil
-		}
-	}
 }

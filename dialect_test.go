@@ -2,9 +2,7 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -392,81 +390,5 @@ func TestOpenEnds(t *testing.T) {
 				t.Errorf("%s: deleting took %v", url, d)
 			}
 		})
-	}
-}
-
-// framed is a connection that gives b and then ends.
-func framed(t *testing.T, b []byte) *websocket.Conn {
-	t.Helper()
-	l := listenLoopback(t)
-	defer l.Close()
-	served := make(chan struct{})
-	go func() {
-		defer close(served)
-		conn, err := l.Accept()
-		if err != nil {
-			return
-		}
-		defer conn.Close()
-		if r, err := accept(conn); err == nil {
-			conn.Write(b)
-			conn.(*net.TCPConn).CloseWrite()
-			io.Copy(io.Discard, r)
-		}
-	}()
-	addr := l.Addr().String()
-	ws, err := websocket.Dial("ws://"+addr, "", "http://"+addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		ws.Close()
-		<-served
-	})
-	return ws
-}
-
-// TestInbox: messages are put together from fragments; long ones are
-// skipped, and the next is read.
-func TestInbox(t *testing.T) {
-	ten := strings.Repeat("x", 10)
-	tests := []struct {
-		name   string
-		frames [][]byte
-		want   string
-	}{
-		{"text, binary, pong", [][]byte{frame(0x81, "a"), frame(0x82, "b"), frame(0x8a, "c"), frame(0x81, "")}, `1"a" 2"b" 10"" 1"" EOF`},
-		{"pings", [][]byte{frame(0x89, "a"), frame(0x81, "b")}, `1"b" EOF`},
-		{"fragments", [][]byte{frame(0x01, "a"), frame(0x00, ""), frame(0x00, "b"), frame(0x80, "c"), frame(0x82, "d")}, `1"abc" 2"d" EOF`},
-		{"ping between fragments", [][]byte{frame(0x02, "a"), frame(0x89, "p"), frame(0x80, "b")}, `2"ab" EOF`},
-		{"pong between fragments", [][]byte{frame(0x02, "a"), frame(0x8a, "p"), frame(0x80, "b")}, `10"" 2"ab" EOF`},
-		{"begun anew", [][]byte{frame(0x01, "a"), frame(0x82, "b")}, `2"b" EOF`},
-		{"the limit", [][]byte{frame(0x81, ten)}, `1"` + ten + `" EOF`},
-		{"one more", [][]byte{frame(0x81, ten+"y"), frame(0x81, "z")}, `1long 1"z" EOF`},
-		{"more in fragments", [][]byte{frame(0x01, ten), frame(0x00, "y"), frame(0x00, "y"), frame(0x80, ten), frame(0x81, "z")}, `1long 1"z" EOF`},
-		{"1 MB", [][]byte{frame(0x81, strings.Repeat("x", 1<<20)), frame(0x81, "z")}, `1long 1"z" EOF`},
-		{"cut off", [][]byte{frame(0x81, ten)[:8]}, "unexpected EOF"},
-		{"cut off when long", [][]byte{frame(0x81, strings.Repeat("x", 100))[:50]}, "unexpected EOF"},
-		{"cut off in the header", [][]byte{frame(0x81, strings.Repeat("x", 200))[:3]}, "EOF"},
-		{"closed", [][]byte{frame(0x81, "a"), frame(0x88, "\x03\xe8"), frame(0x81, "b")}, `1"a" EOF`},
-	}
-	for _, tt := range tests {
-		in := inbox{ws: framed(t, bytes.Join(tt.frames, nil)), limit: 10}
-		var got []string
-		for range 10 {
-			opcode, b, err := in.next()
-			if errors.Is(err, errTooLong) {
-				got = append(got, fmt.Sprintf("%dlong", opcode))
-				continue
-			}
-			if err != nil {
-				got = append(got, err.Error())
-				break
-			}
-			got = append(got, fmt.Sprintf("%d%q", opcode, b))
-		}
-		if got := strings.Join(got, " "); got != tt.want {
-			t.Errorf("%s: got %s, want %s", tt.name, got, tt.want)
-		}
 	}
 }

@@ -1,9 +1,9 @@
 // Egress: a link is one connection to a reader, and its only writer; a
 // destination is a rule at work, which keeps a link to its relay up.
 //
-// x/net/websocket does the opening handshake and reads. Messages go past it,
-// straight to the connection; what it writes itself (pongs) is queued for the
-// send loop, so that one goroutine owns a connection's writes (I4).
+// x/net/websocket does the opening handshake. After it one goroutine owns a
+// connection's writes, the send loop (I4), and one its reads, an inbox; what
+// that answers is queued for the send loop.
 
 package main
 
@@ -49,6 +49,7 @@ const (
 	maxReturn    = 400 * time.Millisecond
 	maxTakeOver  = 2 * time.Second
 
+	maxRead   = 4 << 10  // bytes from a relay in a millisecond
 	maxBatch  = 64 << 10 // bytes in one writev
 	maxRecord = 16 << 10 // bytes in one TLS record. RFC 8446 5.1
 )
@@ -84,11 +85,13 @@ type link struct {
 
 	// owned by the goroutine that does the handshake, static after it
 	opening bool
-	answer  []byte // the first line of the relay's answer
+	answer  []byte // of the relay
 	budget  int    // bytes that the answer may still have
 
-	control chan []byte // control frames that x/net wrote
+	control chan []byte // frames that go between two messages
 	wake    func()      // makes the send loop look at them
+
+	read int // bytes since the last sleep. Owned by the goroutine that reads
 
 	ping      atomic.Pointer[sentPing] // that waits for its pong; nil: none
 	roundTrip atomic.Int64             // nanoseconds that the last one took; 0: not known
@@ -130,18 +133,18 @@ func (l *link) subscribe(f form, maxAge time.Duration) *subscriber {
 	return s
 }
 
-// Read is x/net's way to the connection.
+// Read reads for x/net while it does the handshake, and then for an inbox.
 func (l *link) Read(p []byte) (int, error) {
 	if !l.opening {
 		if l.silence > 0 {
 			l.SetReadDeadline(time.Now().Add(l.silence))
 		}
 		n, err := l.Conn.Read(p)
-		l.hear(p[:n])
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			err = fmt.Errorf("nothing read for %v", l.silence)
 		}
-		if l.masks && n == len(p) {
+		if l.read += n; l.masks && l.read >= maxRead {
+			l.read = 0
 			time.Sleep(time.Millisecond) // a relay that says so much is not worth a processor
 		}
 		return n, plain(err)
@@ -151,25 +154,18 @@ func (l *link) Read(p []byte) (int, error) {
 	}
 	n, err := l.Conn.Read(p[:min(len(p), l.budget)])
 	l.budget -= n
-	if len(l.answer) < 80 {
-		l.answer = append(l.answer, p[:min(n, 80)]...)
-	}
+	l.answer = append(l.answer, p[:n]...)
 	return n, err
 }
 
-// Write is x/net's way to the connection: after the handshake a whole control
-// frame, left to the send loop. When too many wait, it is dropped: who sends
-// pings by the thousand may miss a pong.
-func (l *link) Write(p []byte) (int, error) {
-	if l.opening {
-		return l.Conn.Write(p)
-	}
+// reply queues a control frame for the send loop. When too many wait, it is
+// dropped: who sends pings by the thousand may miss a pong.
+func (l *link) reply(frame []byte) {
 	select {
-	case l.control <- append([]byte(nil), p...):
+	case l.control <- frame:
 		l.wake()
 	default:
 	}
-	return len(p), nil
 }
 
 // plain leaves the addresses out of an error of a connection: what the log is
@@ -196,14 +192,14 @@ func (e statusError) Error() string { return "the relay answered " + e.line }
 
 // status reads the first line of the answer. RFC 9112 4.
 func (l *link) status() statusError {
-	line, _, _ := strings.Cut(string(l.answer), "\r\n")
+	line, _, _ := strings.Cut(string(l.answer[:min(len(l.answer), 80)]), "\r\n")
 	_, line, _ = strings.Cut(line, " ")
 	code, _ := strconv.Atoi(line[:min(len(line), 3)])
 	return statusError{code, strconv.QuoteToASCII(line)}
 }
 
 // open does the TLS and the websocket handshake as a client. It takes header.
-func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool, header http.Header) (*websocket.Conn, error) {
+func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool, header http.Header) (*inbox, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	origin := url.URL{Scheme: "http", Host: u.Host}
@@ -229,7 +225,7 @@ func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool, heade
 		config.Header.Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(u.User.Username()+":"+password)))
 	}
 	l.opening, l.budget, l.masks = true, maxHandshake, true
-	ws, err := websocket.NewClient(config, l)
+	_, err := websocket.NewClient(config, l)
 	l.opening = false
 	release()
 	switch {
@@ -243,7 +239,21 @@ func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool, heade
 		return nil, fmt.Errorf("websocket handshake: %.200s", plain(err).Error())
 	}
 	l.SetDeadline(time.Time{})
-	return ws, nil
+	return newInbox(l, io.MultiReader(bytes.NewReader(l.early()), l)), nil
+}
+
+// early returns what came after the header of the relay's answer: x/net may
+// have read that too.
+func (l *link) early() []byte {
+	end := len(l.answer)
+	for _, blank := range []string{"\n\r\n", "\n\n"} {
+		if i := bytes.Index(l.answer, []byte(blank)); i >= 0 {
+			end = min(end, i+len(blank))
+		}
+	}
+	early := l.answer[end:]
+	l.answer = nil
+	return early
 }
 
 // tlsConfig is that of a client of host; nil roots are the system's.
@@ -335,26 +345,24 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 
 // sentPing is a ping on its way.
 type sentPing struct {
-	at   time.Time
-	pong []byte // the frame that answers it
+	at      time.Time
+	payload [8]byte
 }
 
-// newPing returns the frame of a ping that can be told from others.
+// newPing returns the frame of a ping that can be told from others. The last
+// one is waited for.
 func (l *link) newPing(now time.Time) []byte {
-	payload := make([]byte, 8)
-	crand.Read(payload)
-	if l.masks { // the other side is the server, and does not mask its pong
-		l.ping.Store(&sentPing{now, appendFrame(nil, opPong, payload, false)})
-	}
-	return appendFrame(nil, opPing, payload, l.masks)
+	p := &sentPing{at: now}
+	crand.Read(p.payload[:])
+	l.ping.Store(p)
+	return appendFrame(nil, opPing, p.payload[:], l.masks)
 }
 
-// hear looks for the answer to a ping in what was read. One that does not come
-// whole in one read is missed.
-func (l *link) hear(b []byte) {
-	if p := l.ping.Load(); p != nil && bytes.Contains(b, p.pong) {
+// hear takes the payload of a pong.
+func (l *link) hear(payload []byte) {
+	if p := l.ping.Load(); p != nil && bytes.Equal(payload, p.payload[:]) {
 		l.roundTrip.Store(int64(time.Since(p.at)))
-		l.ping.Store(nil)
+		l.ping.CompareAndSwap(p, nil)
 	}
 }
 
@@ -451,6 +459,8 @@ func closeCode(why error) uint16 {
 		return 1000
 	case errors.Is(why, errShutdown):
 		return 1001 // going away
+	case errors.Is(why, errFrame):
+		return 1002 // protocol error
 	case errors.Is(why, errNotTS):
 		return 1003
 	case errors.Is(why, errReplaced):
@@ -510,10 +520,9 @@ func (l *link) sendClose(code uint16) error {
 }
 
 // discard reads what a relay or viewer sends, until the connection ends.
-func discard(r io.Reader) error {
-	buf := make([]byte, 512)
+func discard(in *inbox) error {
 	for {
-		if _, err := r.Read(buf); err != nil {
+		if _, err := in.next(); err != nil {
 			return err
 		}
 	}
@@ -660,9 +669,9 @@ func (d *destination) opens(tell bool) (stop func()) {
 // was open for 5 s; the error, never nil, why it ended.
 func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err error) {
 	var l *link
-	var ws *websocket.Conn
+	var in *inbox
 	var opening sync.WaitGroup
-	opening.Go(func() { l, ws, err = d.open(ctx) }) // the stack that it grows ends with it
+	opening.Go(func() { l, in, err = d.open(ctx) }) // the stack that it grows ends with it
 	opening.Wait()
 	if err != nil {
 		return false, err
@@ -675,7 +684,7 @@ func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err
 	d.mux.join(d.rule.Stream, s)
 	opened := time.Now()
 	defer d.opens(tell)()
-	err = l.serve(ctx, s, func() error { return discard(ws) }, func() {
+	err = l.serve(ctx, s, func() error { return discard(in) }, func() {
 		if ctx.Err() != nil {
 			d.hush()
 		}

@@ -297,7 +297,7 @@ func TestLiveness(t *testing.T) {
 				conn.Write([]byte{0x8a, 0x80, 1, 2, 3, 4})
 				io.Copy(io.Discard, r)
 			}
-		}, 0, time.Second, "closed by the other side"},
+		}, 0, time.Second, "a server masks a frame"},
 		{"sends endlessly", func(conn net.Conn) {
 			if r, err := accept(conn); err == nil {
 				var reading sync.WaitGroup

@@ -7,8 +7,6 @@
 package main
 
 import (
-	"crypto/rand"
-	"encoding/binary"
 	"slices"
 	"strings"
 	"sync"
@@ -84,53 +82,6 @@ func (m *message) wire(f form) []byte {
 		m.masked = appendFrame(slices.Grow(m.masked, maxHeader+m.size), opBinary, m.payload(), true)
 	})
 	return m.masked
-}
-
-// Opcodes. RFC 6455 5.2.
-const (
-	opBinary = 0x2
-	opClose  = 0x8
-	opPing   = 0x9
-	opPong   = 0xa
-)
-
-// appendHeader appends the header of a final frame of n bytes; key is its
-// masking key, nil for none. RFC 6455 5.2.
-func appendHeader(b []byte, opcode byte, n int, key []byte) []byte {
-	var mask byte
-	if key != nil {
-		mask = 0x80
-	}
-	b = append(b, 0x80|opcode)
-	switch {
-	case n <= 125:
-		b = append(b, mask|byte(n))
-	case n <= 0xffff:
-		b = binary.BigEndian.AppendUint16(append(b, mask|126), uint16(n))
-	default:
-		b = binary.BigEndian.AppendUint64(append(b, mask|127), uint64(n))
-	}
-	return append(b, key...)
-}
-
-// appendFrame appends a whole frame, masked with a fresh key where it must be.
-// RFC 6455 5.3.
-func appendFrame(b []byte, opcode byte, payload []byte, mask bool) []byte {
-	if !mask {
-		return append(appendHeader(b, opcode, len(payload), nil), payload...)
-	}
-	var key [8]byte
-	rand.Read(key[:4])
-	copy(key[4:], key[:4])
-	b = appendHeader(b, opcode, len(payload), key[:4])
-	word := binary.NativeEndian.Uint64(key[:])
-	for ; len(payload) >= 8; payload = payload[8:] {
-		b = binary.NativeEndian.AppendUint64(b, binary.NativeEndian.Uint64(payload)^word)
-	}
-	for i, v := range payload {
-		b = append(b, v^key[i])
-	}
-	return b
 }
 
 // wireSize is len(wire(f)), without making it.
