@@ -609,6 +609,9 @@ func (d *destination) keepUp(ctx context.Context, connect func(ctx context.Conte
 	told := "" // the last failure that the log was told
 	for {
 		healthy, err := connect(ctx, told == "")
+		if why := context.Cause(ctx); why != nil {
+			err = why
+		}
 		if errors.Is(err, errTakenOver) || ctx.Err() != nil {
 			d.log.Info("destination ended", "err", err)
 			return
