@@ -464,22 +464,19 @@ func (s *server) in(w http.ResponseWriter, r *http.Request) {
 		p := newPublisher(r, func() { cancel(errReplaced) })
 		p.begun = func() { s.door.settle(r) }
 		return l.serve(ctx, l.subscribe(bare, s.maxLag), func() error {
-			return s.mux.publish(name, p, messages{in})
+			return s.mux.publish(name, p, cutOff{in})
 		}, func() {})
 	})
 }
 
-// messages are what a publisher sends on a websocket: a close frame is the proper
-// end, and not that of the connection.
-type messages struct{ *inbox }
+// cutOff is a reader whose end is never a proper one: a websocket may close in
+// the middle of a frame of video.
+type cutOff struct{ io.Reader }
 
-func (m messages) Read(p []byte) (int, error) {
-	n, err := m.inbox.Read(p)
-	switch {
-	case errors.Is(err, errPeerClosed):
-		err = io.EOF
-	case err == io.EOF:
-		err = io.ErrUnexpectedEOF
+func (c cutOff) Read(p []byte) (int, error) {
+	n, err := c.Reader.Read(p)
+	if err == io.EOF {
+		err = errPeerClosed
 	}
 	return n, err
 }
@@ -572,6 +569,6 @@ func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		b, _ := rw.Reader.Peek(n)
 		early = io.MultiReader(bytes.NewReader(bytes.Clone(b)), h.link)
 	}
-	h.inbox = newInbox(h.link, early)
+	h.inbox = newInbox(h.link, early, 4<<10)
 	return conn, rw, nil
 }

@@ -228,7 +228,8 @@ func (c *checkup) measure(l *link, s *subscriber, ended <-chan error) {
 
 // ping waits for the pong to a ping, at most 5 s.
 func ping(l *link, ended <-chan error) (time.Duration, error) {
-	l.reply(l.newPing(time.Now()))
+	l.control <- l.newPing(time.Now()) // there is room
+	l.wake()
 	timeout := time.After(maxStall)
 	for l.ping.Load() != nil {
 		select {
@@ -291,6 +292,8 @@ func (c *checkup) sentence() string {
 		return fmt.Sprintf("The relay at %s does not accept the credentials of the URL.", relay)
 	}
 	switch {
+	case errors.Is(c.err, errFrame):
+		return fmt.Sprintf("What answers at %s breaks the rules of websockets, or something on the way alters what it sends.", relay)
 	case errors.Is(c.err, errPeerClosed), errors.Is(c.err, io.ErrUnexpectedEOF), errors.As(c.err, new(*os.SyscallError)):
 		return fmt.Sprintf("The relay at %s opens the websocket and closes it again: it does not want what this URL asks for, and its log may say why.", relay)
 	case c.failed == "ping":

@@ -138,6 +138,7 @@ func TestCheck(t *testing.T) {
 		{"front without relay", "ws://HOST", nil, reply("HTTP/1.1 502 Bad Gateway\r\n\r\n"), "upgrade", `What stands in front of the relay at HOST answers`},
 		{"closes", "ws://HOST", nil, reply(""), "upgrade", `What listens at HOST accepts the connection and closes it`},
 		{"accepts, then closes", "ws://HOST", nil, func(conn net.Conn) { accept(conn) }, "ping", `The relay at HOST opens the websocket and closes it again`},
+		{"accepts, then sends no frames", "ws://HOST", nil, func(conn net.Conn) { accept(conn); conn.Write([]byte("SSH-2.0-\x1b")); silent(conn) }, "ping", `What answers at HOST breaks the rules of websockets`},
 		{"silent", "ws://HOST", nil, silent, "upgrade", `What listens at HOST accepts the connection and is silent`},
 		{"accepts, then silent", "ws://HOST", nil, func(conn net.Conn) { accept(conn); silent(conn) }, "ping", `The websocket opens, but nothing comes back through it`},
 		{"slow", "ws://HOST", nil, func(conn net.Conn) {

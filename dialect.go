@@ -213,7 +213,7 @@ func (l *link) exchange(ctx context.Context, what string, frame []byte, answer f
 		return fmt.Errorf("%s: %w within %v", what, errNoAnswer, handshakeTimeout)
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
-	case err == io.EOF, err == io.ErrUnexpectedEOF, errors.Is(err, errPeerClosed):
+	case err == io.EOF, err == io.ErrUnexpectedEOF:
 		return fmt.Errorf("%s: %w", what, errUnanswered)
 	}
 	return fmt.Errorf("%s: %w", what, plain(err))

@@ -158,9 +158,18 @@ func (l *link) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// reply queues a control frame for the send loop. When too many wait, it is
-// dropped: who sends pings by the thousand may miss a pong.
-func (l *link) reply(frame []byte) {
+// reply leaves a control frame to the send loop, or writes it where there is
+// none yet. When too many wait it is dropped: who sends pings by the thousand
+// may miss a pong.
+func (l *link) reply(opcode byte, payload []byte) {
+	if len(l.control) == cap(l.control) {
+		return
+	}
+	frame := appendFrame(nil, opcode, payload, l.masks)
+	if l.opening {
+		l.Conn.Write(frame)
+		return
+	}
 	select {
 	case l.control <- frame:
 		l.wake()
@@ -239,7 +248,7 @@ func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool, heade
 		return nil, fmt.Errorf("websocket handshake: %.200s", plain(err).Error())
 	}
 	l.SetDeadline(time.Time{})
-	return newInbox(l, io.MultiReader(bytes.NewReader(l.early()), l)), nil
+	return newInbox(l, io.MultiReader(bytes.NewReader(l.early()), l), 512), nil
 }
 
 // early returns what came after the header of the relay's answer: x/net may
@@ -349,12 +358,15 @@ type sentPing struct {
 	payload [8]byte
 }
 
-// newPing returns the frame of a ping that can be told from others. The last
-// one is waited for.
+// newPing returns the frame of a ping that can be told from others, or of the
+// one that is waited for.
 func (l *link) newPing(now time.Time) []byte {
-	p := &sentPing{at: now}
-	crand.Read(p.payload[:])
-	l.ping.Store(p)
+	p := l.ping.Load()
+	if p == nil {
+		p = &sentPing{at: now}
+		crand.Read(p.payload[:])
+		l.ping.Store(p)
+	}
 	return appendFrame(nil, opPing, p.payload[:], l.masks)
 }
 

@@ -21,10 +21,7 @@ const (
 	opPong   = 0xa
 )
 
-const (
-	maxControl = 125 // bytes of payload in a control frame. RFC 6455 5.5
-	inboxSize  = 512 // bytes
-)
+const maxControl = 125 // bytes of payload in a control frame. RFC 6455 5.5
 
 // appendHeader appends the header of a final frame of n bytes; key is its
 // masking key, nil for none. RFC 6455 5.2.
@@ -78,7 +75,7 @@ func mask(b []byte, key [4]byte, at uint64) {
 // errFrame: what came is not a frame that the other side may send.
 var errFrame = errors.New("not the websocket protocol")
 
-// errTooLong: a message was read to its end, and is not kept.
+// errTooLong: a message is longer than it may be, and is not kept.
 var errTooLong = errors.New("the message is too long")
 
 // inbox reads what the other side of a link sends. It answers pings, and tells
@@ -95,9 +92,9 @@ type inbox struct {
 	at     uint64 // and that came
 }
 
-// newInbox reads from r: l, and what came before.
-func newInbox(l *link, r io.Reader) *inbox {
-	return &inbox{link: l, r: bufio.NewReaderSize(r, inboxSize)}
+// newInbox reads from r: l, and what came before; size bytes at once, or more.
+func newInbox(l *link, r io.Reader, size int) *inbox {
+	return &inbox{link: l, r: bufio.NewReaderSize(r, size)}
 }
 
 // take returns the next n bytes, until the next read.
@@ -109,7 +106,8 @@ func (in *inbox) take(n int) ([]byte, error) {
 
 // next goes to the next frame, past what is left of this one, and returns its
 // opcode. Control frames have been dealt with then. The end of the connection is
-// io.EOF, a close frame errPeerClosed.
+// io.EOF, a close frame errPeerClosed. What else RFC 6455 5.4 says of fragments
+// is not looked at.
 func (in *inbox) next() (opcode byte, err error) {
 	for in.left > 0 {
 		n, err := in.r.Discard(int(min(in.left, 1<<30)))
@@ -166,7 +164,7 @@ func (in *inbox) next() (opcode byte, err error) {
 		}
 		return 0, fmt.Errorf("%w with status %d", errPeerClosed, binary.BigEndian.Uint16(b)) // its text may hold a secret
 	case opPing:
-		in.link.reply(appendFrame(nil, opPong, b, in.link.masks))
+		in.link.reply(opPong, b)
 	case opPong:
 		in.link.hear(b)
 	}

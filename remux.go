@@ -223,7 +223,8 @@ type remuxer struct {
 	patCC   byte
 	pmtCC   byte
 	last    [8192]byte        // continuity counter, by PID; kept when a feed goes
-	origins map[uint16]origin // by PID
+	origins map[origin]uint16 // the PIDs of tracks, of those that are gone too
+	taken   [8192]bool        // by PID
 	sent    ticks             // when PSI went out
 	pcr     ticks             // and the last PCR
 
@@ -316,15 +317,10 @@ func (x *remuxer) follow(s *source, g *program) bool {
 // assign returns the PID that o has in the program: the one that it had before,
 // its own where nobody had that, or the first that nobody had.
 func (x *remuxer) assign(o origin) (pid uint16, ok bool) {
-	for pid, of := range x.origins {
-		if of == o {
-			return pid, true
-		}
+	if pid, ok := x.origins[o]; ok {
+		return pid, true
 	}
-	free := func(pid uint16) bool {
-		_, taken := x.origins[pid]
-		return !taken && pid != outPMT && pid != outPCR
-	}
+	free := func(pid uint16) bool { return !x.taken[pid] && pid != outPMT && pid != outPCR }
 	pid = o.pid
 	if pid < 0x20 || pid > lastPID || !free(pid) { // below are tables of DVB
 		for pid = firstPID; !free(pid); pid++ {
@@ -334,18 +330,19 @@ func (x *remuxer) assign(o origin) (pid uint16, ok bool) {
 		}
 	}
 	if x.origins == nil {
-		x.origins = make(map[uint16]origin)
+		x.origins = make(map[origin]uint16)
 	}
-	x.origins[pid] = o
+	x.origins[o], x.taken[pid] = pid, true
 	return pid, true
 }
 
 // forget frees the PIDs of tracks that are gone.
 func (x *remuxer) forget() {
 	clear(x.origins)
+	clear(x.taken[:])
 	for _, s := range x.sources {
 		for _, t := range s.tracks {
-			x.origins[t.out] = origin{s.feed.name, t.pid}
+			x.origins[origin{s.feed.name, t.pid}], x.taken[t.out] = t.out, true
 		}
 	}
 }
