@@ -249,8 +249,9 @@ func postBroken(t *testing.T, vw string, clip []byte) int {
 // TestE2ERelayReturns: a relay that was killed and comes back gets video again
 // within a second, from a keyframe, and ffmpeg notices nothing.
 //
-// Not parallel: the second is a promise to viewers, and the wait of up to 0.5 s
-// before a dial and 0.48 s for a keyframe leave little of it to a busy machine.
+// Not beside other tests: the second is a promise to viewers, and the wait of
+// up to 0.4 s before a dial and 0.48 s for a keyframe leave little of it to a busy
+// machine.
 func TestE2ERelayReturns(t *testing.T) {
 	certs := newCerts(t)
 	for _, tt := range []struct {
@@ -264,6 +265,7 @@ func TestE2ERelayReturns(t *testing.T) {
 		{"behind caddy", startCaddy, `502 Bad Gateway`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
 			r := startRelay(t, "127.0.0.1:0")
 			url := "ws://" + r.addr
 			if tt.via != nil {
