@@ -548,7 +548,7 @@ func checkUpgrade(r *http.Request) error {
 	return nil
 }
 
-// hijacker gives x/net a link in place of the connection.
+// hijacker makes a link of the connection that x/net upgrades.
 type hijacker struct {
 	http.ResponseWriter
 	log   *slog.Logger
@@ -564,11 +564,7 @@ func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	}
 	conn.SetWriteDeadline(time.Now().Add(time.Second)) // its peer may not read
 	h.link = newLink(conn, h.log)
-	var early io.Reader = h.link
-	if n := rw.Reader.Buffered(); n > 0 { // frames that came with the request
-		b, _ := rw.Reader.Peek(n)
-		early = io.MultiReader(bytes.NewReader(bytes.Clone(b)), h.link)
-	}
-	h.inbox = newInbox(h.link, early, 4<<10)
+	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // frames that came with the request
+	h.inbox = newInbox(h.link, bytes.Clone(early), 4<<10)
 	return conn, rw, nil
 }

@@ -80,7 +80,7 @@ func (c *checkup) run(ctx context.Context) {
 		return
 	}
 	l := newLink(conn, slog.New(slog.DiscardHandler))
-	l.silence = maxSilence
+	l.pings = 0 // measure does that
 	in, err := l.open(ctx, c.d.url, c.d.roots, make(http.Header))
 	if err != nil {
 		conn.Close()
@@ -104,7 +104,6 @@ func (c *checkup) run(ctx context.Context) {
 	}
 	c.did("authorised", nil, allowed)
 
-	l.pings, l.silence = 0, 0 // measure does that
 	s := l.subscribe(masked, 500*time.Millisecond)
 	serving, cancel := context.WithCancelCause(ctx)
 	ended := make(chan error, 1)

@@ -17,7 +17,6 @@ import (
 	"fmt"
 	"io"
 	"iter"
-	"net/url"
 	"time"
 )
 
@@ -49,12 +48,8 @@ func (r destinationRule) cleanControl() error {
 
 // startControl keeps a control link up until s ends. The rule is clean.
 func (s *server) startControl(rule destinationRule) {
-	u, err := url.Parse(rule.Destination)
-	if err != nil {
-		panic(err) // a rule is clean
-	}
 	r := s.rules
-	d := &destination{rule: rule, url: u, dial: r.dial, proxy: r.proxy, roots: r.roots}
+	d := r.newDestination(rule)
 	d.log = r.log.With("dest", controlID, "url", d.shown())
 	s.control = &control{d, s}
 	d.is("connecting")
@@ -175,7 +170,23 @@ func (s *server) do(command []byte) (any, error) {
 		v, err := report(s)
 		return map[string]any{c.Verb: v}, err
 	}
+	if c.Verb == "add" && (c.What == "stream" || c.What == "destination") && c.Rule == nil {
+		return nil, invalid(`add %s: "rule" is missing`, c.What)
+	}
 	switch c.Verb + " " + c.What {
+	case "add stream":
+		var rule streamRule
+		if err := decode(c.Rule, &rule); err != nil {
+			return nil, err
+		}
+		return s.rules.setStream(rule)
+	case "add destination":
+		var rule destinationRule
+		if err := decode(c.Rule, &rule); err != nil {
+			return nil, err
+		}
+		rule, err := s.rules.setDestination(rule)
+		return rule.shown(), err
 	case "list stream":
 		return s.listStream(c.Which)
 	case "list destination":
@@ -188,23 +199,8 @@ func (s *server) do(command []byte) (any, error) {
 		}
 		return deleted(s.dropDestination(c.Which))
 	}
-	switch {
-	case c.Verb == "add" && (c.What == "stream" || c.What == "destination") && c.Rule == nil:
-		return nil, invalid(`add %s: "rule" is missing`, c.What)
-	case c.Verb == "add" && c.What == "stream":
-		var rule streamRule
-		if err := decode(c.Rule, &rule); err != nil {
-			return nil, err
-		}
-		return s.rules.setStream(rule)
-	case c.Verb == "add" && c.What == "destination":
-		var rule destinationRule
-		if err := decode(c.Rule, &rule); err != nil {
-			return nil, err
-		}
-		rule, err := s.rules.setDestination(rule)
-		return rule.shown(), err
-	case c.Verb == "add" || c.Verb == "list" || c.Verb == "delete":
+	switch c.Verb {
+	case "add", "list", "delete":
 		return nil, invalid("%s %.40q: it must be stream or destination", c.Verb, c.What)
 	}
 	return nil, invalid("verb %.40q: there is no such command", c.Verb)

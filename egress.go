@@ -248,7 +248,7 @@ func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool, heade
 		return nil, fmt.Errorf("websocket handshake: %.200s", plain(err).Error())
 	}
 	l.SetDeadline(time.Time{})
-	return newInbox(l, io.MultiReader(bytes.NewReader(l.early()), l), 512), nil
+	return newInbox(l, l.early(), 512), nil
 }
 
 // early returns what came after the header of the relay's answer: x/net may

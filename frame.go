@@ -5,6 +5,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"crypto/rand"
 	"encoding/binary"
 	"errors"
@@ -92,8 +93,13 @@ type inbox struct {
 	at     uint64 // and that came
 }
 
-// newInbox reads from r: l, and what came before; size bytes at once, or more.
-func newInbox(l *link, r io.Reader, size int) *inbox {
+// newInbox reads what came early, while the handshake was read, and then from
+// l; size bytes at once, or more.
+func newInbox(l *link, early []byte, size int) *inbox {
+	var r io.Reader = l
+	if len(early) > 0 {
+		r = io.MultiReader(bytes.NewReader(early), l)
+	}
 	return &inbox{link: l, r: bufio.NewReaderSize(r, size)}
 }
 

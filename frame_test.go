@@ -20,12 +20,20 @@ import (
 	"time"
 )
 
+// readConn is a connection that is only read.
+type readConn struct {
+	net.Conn
+	io.Reader
+}
+
+func (c readConn) Read(p []byte) (int, error) { return c.Reader.Read(p) }
+
 // testInbox is that of a client or, if it is not to mask, of a server; pongs
 // are left in link.control.
 func testInbox(r io.Reader, client bool) *inbox {
-	l := newLink(nil, discardLog)
+	l := newLink(readConn{Reader: r}, discardLog)
 	l.masks, l.wake = client, func() {}
-	return newInbox(l, r, 512)
+	return newInbox(l, nil, 512)
 }
 
 // TestInbox: messages are put together from fragments; long ones are
@@ -228,14 +236,6 @@ func TestEarly(t *testing.T) {
 		t.Errorf("got %q, %v, want a close frame with status 1002", got, err)
 	}
 }
-
-// readConn is a connection that is only read.
-type readConn struct {
-	net.Conn
-	io.Reader
-}
-
-func (c readConn) Read(p []byte) (int, error) { return c.Reader.Read(p) }
 
 // TestMuchRead: what a relay sends is read at 4 MB/s at most.
 func TestMuchRead(t *testing.T) {

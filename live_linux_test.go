@@ -3,7 +3,6 @@ package main
 import (
 	"os/exec"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 	"unsafe"
@@ -12,7 +11,7 @@ import (
 // inQueue is how many bytes the kernel holds that were not read yet.
 func inQueue(fd uintptr) int {
 	var n int32
-	syscall.Syscall(syscall.SYS_IOCTL, fd, 0x541b, uintptr(unsafe.Pointer(&n))) // FIONREAD
+	ioctl(int(fd), 0x541b, unsafe.Pointer(&n)) // FIONREAD
 	return int(n)
 }
 

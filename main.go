@@ -272,7 +272,7 @@ var variables = []variable{
 	}},
 	{"VW_HOST", "", "loopback", "address to listen on", func(s *settings, v string) (string, bool) {
 		s.host = v
-		return "an address or a host name", !strings.ContainsFunc(v, func(r rune) bool { return r <= ' ' || r >= 0x7f || r == '/' })
+		return "an address or a host name", isVisible(v) && !strings.Contains(v, "/")
 	}},
 	{"VW_LOGLEVEL", "VW_LOG_LEVEL", "info", "error, warn, info or debug", func(s *settings, v string) (string, bool) {
 		level, ok := map[string]slog.Level{

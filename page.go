@@ -63,9 +63,7 @@ func newPlayer(v string) (p player, ok bool) {
 	}
 	u, err := url.Parse(v)
 	if err == nil && (u.Scheme == "http" || u.Scheme == "https") {
-		return player{url: v}, u.Host != "" && u.User == nil && !strings.ContainsFunc(v, func(r rune) bool {
-			return r <= ' ' || r >= 0x7f || strings.ContainsRune(`;,'"`, r)
-		})
+		return player{url: v}, u.Host != "" && u.User == nil && isVisible(v) && !strings.ContainsAny(v, `;,'"`)
 	}
 	if strings.Contains(v, "://") {
 		return player{}, false

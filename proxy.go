@@ -56,7 +56,7 @@ func (d *destination) proxyOf(u *url.URL) (*url.URL, error) {
 		return nil, nil
 	}
 	asked := *u
-	asked.Scheme = map[string]string{"ws": "http", "wss": "https", "http": "http", "https": "https"}[u.Scheme]
+	asked.Scheme = strings.Replace(u.Scheme, "ws", "http", 1) // wss: https
 	proxy, err := d.proxy(&http.Request{URL: &asked})
 	if err != nil || proxy == nil {
 		return nil, err

@@ -168,7 +168,7 @@ func cleanURL(raw string) (*url.URL, error) {
 	switch {
 	case len(raw) > maxURL:
 		return nil, invalid("destination %.100q: the URL has %d bytes, at most %d are allowed", shown, len(raw), maxURL)
-	case err != nil || strings.ContainsFunc(raw, func(c rune) bool { return c <= ' ' || c >= 0x7f }):
+	case err != nil || !isVisible(raw):
 		return nil, invalid("destination %.100q: not a URL", shown)
 	case u.Scheme != "ws" && u.Scheme != "wss" && u.Scheme != "http" && u.Scheme != "https":
 		return nil, invalid("destination %.100q: the scheme is %q, it must be ws or wss, or with a token http or https", shown, u.Scheme)
@@ -476,8 +476,9 @@ func await(words []<-chan struct{}) {
 func (r *rules) setDestination(rule destinationRule) (destinationRule, error) {
 	r.storing.Lock()
 	defer r.storing.Unlock()
-	set := r.begin(change{"destination", strings.TrimPrefix(string(rule.ID), "/")})
-	rule, _, err := rule.keep(set.destinations[strings.TrimPrefix(string(rule.ID), "/")]).clean()
+	name := strings.TrimPrefix(string(rule.ID), "/")
+	set := r.begin(change{"destination", name})
+	rule, _, err := rule.keep(set.destinations[name]).clean()
 	if err != nil {
 		return rule, err
 	}
@@ -492,6 +493,17 @@ func (r *rules) setDestination(rule destinationRule) (destinationRule, error) {
 	return rule, r.add(set, func() { r.applyDestination(rule) })
 }
 
+// newDestination returns what a rule runs, without a log. The rule is clean.
+func (r *rules) newDestination(rule destinationRule) *destination {
+	u, err := url.Parse(rule.Destination)
+	if err != nil {
+		panic(err) // a rule is clean
+	}
+	return &destination{
+		rule: rule, url: u, mux: r.mux, dial: r.dial, proxy: r.proxy, roots: r.roots, maxLag: r.maxLag,
+	}
+}
+
 // applyDestination starts a destination; mu is held. A new URL for the same
 // stream is opened beside the old one, which ends when the new one has taken
 // over; any other change ends the old one now.
@@ -500,13 +512,7 @@ func (r *rules) applyDestination(rule destinationRule) {
 	if was != nil && was.rule == rule {
 		return
 	}
-	u, err := url.Parse(rule.Destination)
-	if err != nil {
-		panic(err) // a rule is clean
-	}
-	d := &destination{
-		rule: rule, url: u, mux: r.mux, dial: r.dial, proxy: r.proxy, roots: r.roots, maxLag: r.maxLag,
-	}
+	d := r.newDestination(rule)
 	d.log = r.log.With("dest", string(rule.ID), "stream", rule.Stream, "url", d.shown())
 	is := &running{destination: d}
 	if was != nil && was.rule.Stream == rule.Stream {

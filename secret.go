@@ -174,7 +174,7 @@ func (r destinationRule) cleanSecrets(u *url.URL) error {
 	switch {
 	case unknown:
 		return invalid("destination %.100q: %s stands for what is stored for this host, and nothing is", withoutSecrets(r.Destination), hidden)
-	case len(r.Token) > maxToken || strings.ContainsFunc(r.Token, func(c rune) bool { return c <= ' ' || c > '~' || c == '"' || c == '\\' }):
+	case len(r.Token) > maxToken || !isVisible(r.Token) || strings.ContainsAny(r.Token, `"\`):
 		return invalid(`token: it must be at most %d visible ASCII characters, without " and \`, maxToken)
 	case access && r.Token == "":
 		return invalid(`destination %.100q: the scheme is %q, which needs a "token"; without one it must be ws or wss`, withoutSecrets(r.Destination), u.Scheme)

@@ -38,7 +38,7 @@ func queued(conn *net.TCPConn, what uintptr) int {
 	}
 	var n int32
 	c.Control(func(fd uintptr) {
-		syscall.Syscall(syscall.SYS_IOCTL, fd, what, uintptr(unsafe.Pointer(&n)))
+		ioctl(int(fd), what, unsafe.Pointer(&n))
 	})
 	return int(n)
 }
