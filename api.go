@@ -200,7 +200,7 @@ func tidyPath(u *url.URL) error {
 		}
 	}
 	p := u.EscapedPath()
-	if clean := path.Clean(p); clean != p && clean+"/" != p {
+	if clean := path.Clean(p); clean != p && (clean == "/" || clean+"/" != p) {
 		return httpError{http.StatusBadRequest, fmt.Sprintf("path %q: it has empty segments, . or ..", u.Path)}
 	}
 	return nil

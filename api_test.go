@@ -136,6 +136,7 @@ func TestAPIErrors(t *testing.T) {
 		{"GET /out/", 400, "missing"},
 		{"GET /ts/a//b", 400, "empty"},
 		{"GET /ts/../healthcheck", 400, ".."},
+		{"GET //", 400, "it has empty segments"},
 		{"GET /ts/a%2F..%2Fb", 400, `"a/../b"`},
 		{"GET /ts/%2e%2e", 400, `".."`},
 		{"GET /ts/a%0Ab", 400, `a\\nb`},
