@@ -10,7 +10,6 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"fmt"
-	"io"
 	"math/big"
 	"net"
 	"os"
@@ -69,17 +68,6 @@ func (c slowly) Read(p []byte) (int, error) {
 	return c.Conn.Read(p[:min(len(p), 4000)])
 }
 
-// reply serves a connection with one answer to its first bytes.
-func reply(s string) func(net.Conn) {
-	return func(conn net.Conn) {
-		conn.Read(make([]byte, 4096))
-		io.WriteString(conn, s)
-	}
-}
-
-// good serves a relay.
-func good(conn net.Conn) { serveRelay(conn, func([]byte) {}) }
-
 // listenFull returns an address where no connection comes about: what is sent
 // there is dropped, as firewalls do.
 func listenFull(t *testing.T) string {
@@ -100,9 +88,6 @@ func listenFull(t *testing.T) string {
 	t.Fatalf("%s takes 100 connections (%v)", l.Addr(), err)
 	return ""
 }
-
-// silent reads, and says nothing.
-func silent(conn net.Conn) { io.Copy(io.Discard, conn) }
 
 // TestCheck: the step that fails, and the sentence, of each wrong state. HOST
 // is the address of what serve serves, with TLS when there is a certificate;

@@ -1,15 +1,10 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"crypto/hmac"
-	"crypto/sha256"
-	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"net/http"
-	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -123,27 +118,6 @@ func FuzzCommands(f *testing.F) {
 			t.Errorf("%q: got %d answers", message, n)
 		}
 	})
-}
-
-// relaySecret signs the tokens that testdata/tokenrelay takes.
-const relaySecret = "tokenrelay's secret"
-
-func relayToken(path string, lasts time.Duration) string {
-	part := func(v any) string {
-		b, _ := json.Marshal(v)
-		return base64.RawURLEncoding.EncodeToString(b)
-	}
-	text := part(map[string]string{"alg": "HS256", "typ": "JWT"}) + "." + part(map[string]any{"aud": path, "exp": time.Now().Add(lasts).Unix()})
-	h := hmac.New(sha256.New, []byte(relaySecret))
-	h.Write([]byte(text))
-	return text + "." + base64.RawURLEncoding.EncodeToString(h.Sum(nil))
-}
-
-// startTokenRelay starts testdata/tokenrelay on addr.
-func startTokenRelay(t *testing.T, addr string, args ...string) (relay *process, at string) {
-	t.Helper()
-	relay = start(t, "tokenrelay", exec.Command(build(t, "tokenrelay"), append([]string{"-listen", addr}, args...)...))
-	return relay, relay.expect(t, 0, startupTime, `^(127\.0\.0\.1:\d+)\n`)[1]
 }
 
 // controller is somebody on the path of a control link.
@@ -261,87 +235,5 @@ func TestE2EControl(t *testing.T) {
 	}
 	if log := v.out.String(); strings.Count(log, "dest=apiRule") != 1 {
 		t.Errorf("got the log\n%swant one line of the link", log)
-	}
-}
-
-// TestE2ETokens: both dialects with a relay that is not ours: good, bad and
-// expired tokens, and its restart; the control link needs tokens too.
-func TestE2ETokens(t *testing.T) {
-	r, relay := startTokenRelay(t, "127.0.0.1:0", "-secret", relaySecret)
-	v := startVW(t, "VW_API=http://"+relay+"/session/control", "VW_API_TOKEN="+relayToken("/session/control", time.Hour))
-	v.expect(t, 0, startupTime, `msg=connected dest=apiRule `)
-	tests := []struct{ id, url, token, want string }{
-		{"good", "ws://" + relay + "/in/a", relayToken("/in/a", time.Hour), `msg=connected dest=good `},
-		{"bad", "ws://" + relay + "/in/a", "a.b.c", `dest=bad .* err="the relay refuses the token: \\"its signature is wrong\\""`},
-		{"old", "ws://" + relay + "/in/a", relayToken("/in/a", -time.Minute), `dest=old .* err="the relay refuses the token: \\"it has expired\\""`},
-		{"other", "ws://" + relay + "/in/a", relayToken("/in/b", time.Hour), `dest=other .* err="the relay refuses the token: \\"it is for /in/b, not /in/a\\""`},
-		{"http-good", "http://" + relay + "/session/a", relayToken("/session/a", time.Hour), `msg=connected dest=http-good `},
-		{"http-bad", "http://" + relay + "/session/a", "a.b.c", `dest=http-bad .*500 Internal Server Error\\": \\"its signature is wrong\\""`},
-		{"http-old", "http://" + relay + "/session/a", relayToken("/session/a", -time.Minute), `dest=http-old .*500 Internal Server Error\\": \\"it has expired\\""`},
-	}
-	for _, tt := range tests {
-		v.call(t, http.StatusOK, "POST", "/api/destinations", fmt.Sprintf(`{"id":%q,"stream":"video0","destination":%q,"token":%q}`, tt.id, tt.url, tt.token))
-		v.expect(t, 0, startupTime, tt.want)
-	}
-	for _, path := range []string{"/in/a", "/session/a", "/session/control"} {
-		r.expect(t, 0, startupTime, `open `+path+`\n`)
-	}
-	watch := func(url, token string) {
-		t.Helper()
-		if strings.HasPrefix(url, "http") {
-			d := &destination{rule: destinationRule{Token: token}}
-			d.url, _ = cleanURL(url)
-			d.dial = newRules(t.Context(), newMux(), time.Second, discardLog).dial
-			u, err := d.access(t.Context(), make(http.Header))
-			if err != nil {
-				t.Fatal(err)
-			}
-			url, token = u.String(), ""
-		}
-		c := newController(t, url)
-		if token != "" && !strings.Contains(c.ask(t, token), `"authorised":true`) {
-			t.Fatalf("%s: the viewer is refused", url)
-		}
-		p := startPost(t, v.addr, "video0")
-		defer p.end(t)
-		ended := make(chan struct{})
-		defer func() { <-ended }()
-		stop, cancel := context.WithCancel(t.Context())
-		defer cancel()
-		go func() {
-			defer close(ended)
-			for clip := testClip(12, 500); stop.Err() == nil; time.Sleep(20 * time.Millisecond) {
-				p.write(t, clip)
-			}
-		}()
-		video := websocket.Codec{Unmarshal: func(b []byte, opcode byte, _ any) error {
-			if opcode != opBinary || !bytes.HasPrefix(b, []byte{syncByte}) {
-				return fmt.Errorf("opcode %d, %d bytes", opcode, len(b))
-			}
-			return nil
-		}}
-		if err := video.Receive(c.Conn, nil); err != nil {
-			t.Errorf("%s: the viewer got %v", url, err)
-		}
-	}
-	watch("ws://"+relay+"/in/a", relayToken("/in/a", time.Hour))
-	watch("http://"+relay+"/session/a", relayToken("/session/a", time.Hour))
-
-	seen := v.out.len()
-	r.kill(t)
-	v.expect(t, seen, startupTime, `dest=good .*connection refused`)
-	r, _ = startTokenRelay(t, relay, "-secret", relaySecret)
-	for _, path := range []string{"/in/a", "/session/a", "/session/control"} {
-		r.expect(t, 0, startupTime, `open `+path+`\n`)
-	}
-	watch("ws://"+relay+"/in/a", relayToken("/in/a", time.Hour))
-	watch("http://"+relay+"/session/a", relayToken("/session/a", time.Hour))
-	for _, tt := range tests {
-		if strings.Contains(v.out.String(), tt.token) {
-			t.Errorf("the token of %s is in the log", tt.id)
-		}
-	}
-	if strings.Contains(v.out.String(), "code=") {
-		t.Error("a code is in the log")
 	}
 }

@@ -1,17 +1,10 @@
 package main
 
 import (
-	"bufio"
 	"context"
-	"crypto/sha1"
-	"encoding/base64"
-	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
-	"net/http"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -19,155 +12,6 @@ import (
 	"testing/synctest"
 	"time"
 )
-
-// accept does the opening handshake as a relay. RFC 6455 4.2.2.
-func accept(conn net.Conn) (*bufio.Reader, error) {
-	r := bufio.NewReader(conn)
-	request, err := http.ReadRequest(r)
-	if err != nil {
-		return nil, err
-	}
-	return r, upgradeTo(conn, request)
-}
-
-// upgradeTo answers the request of a handshake.
-func upgradeTo(conn net.Conn, request *http.Request) error {
-	sum := sha1.Sum([]byte(request.Header.Get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
-	_, err := fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n",
-		base64.StdEncoding.EncodeToString(sum[:]))
-	return err
-}
-
-// readFrame reads one masked frame. RFC 6455 5.2.
-func readFrame(r io.Reader) (opcode byte, payload []byte, err error) {
-	var h [14]byte
-	if _, err := io.ReadFull(r, h[:2]); err != nil {
-		return 0, nil, err
-	}
-	if h[0]&0xf0 != 0x80 || h[1]&0x80 == 0 {
-		return 0, nil, fmt.Errorf("frame begins with % x: want it final, without reserved bits, and masked", h[:2])
-	}
-	size, more := uint64(h[1]&0x7f), 0
-	switch size {
-	case 126:
-		more = 2
-	case 127:
-		more = 8
-	}
-	if _, err := io.ReadFull(r, h[2:2+more+4]); err != nil {
-		return 0, nil, err
-	}
-	switch more {
-	case 2:
-		size = uint64(binary.BigEndian.Uint16(h[2:]))
-	case 8:
-		size = binary.BigEndian.Uint64(h[2:])
-	}
-	payload = make([]byte, size)
-	if _, err := io.ReadFull(r, payload); err != nil {
-		return 0, nil, err
-	}
-	for i := range payload {
-		payload[i] ^= h[2+more+i%4]
-	}
-	return h[0] & 15, payload, nil
-}
-
-// serveRelay answers pings, hands on messages, and returns the close code.
-func serveRelay(conn net.Conn, message func([]byte)) (code int, err error) {
-	r, err := accept(conn)
-	if err != nil {
-		return 0, err
-	}
-	for {
-		opcode, payload, err := readFrame(r)
-		if err != nil {
-			return 0, err
-		}
-		switch opcode {
-		case opPing:
-			conn.Write(append([]byte{0x8a, byte(len(payload))}, payload...))
-		case opClose:
-			conn.Write([]byte{0x88, 0})
-			return int(binary.BigEndian.Uint16(payload)), nil
-		default:
-			message(payload)
-		}
-	}
-}
-
-// lab is a set of rules whose relays are functions on in-memory connections.
-type lab struct {
-	*rules
-	t     *testing.T
-	log   *logBuffer
-	end   context.CancelCauseFunc
-	dials atomic.Int64
-	relay func(n int64, host string, conn net.Conn) // nil: refuse
-	away  atomic.Bool                               // refuse
-	conns sync.WaitGroup
-}
-
-func newLab(t *testing.T, relay func(n int64, host string, conn net.Conn)) *lab {
-	ctx, end := context.WithCancelCause(t.Context())
-	l := &lab{t: t, log: &logBuffer{}, end: end, relay: relay}
-	l.rules = newRules(ctx, newMux(), 500*time.Millisecond, slog.New(slog.NewTextHandler(l.log, nil)))
-	l.dial = func(ctx context.Context, _, host string) (net.Conn, error) {
-		n := l.dials.Add(1)
-		if l.relay == nil || l.away.Load() {
-			return nil, errors.New("connection refused")
-		}
-		ours, theirs := net.Pipe()
-		l.conns.Go(func() {
-			defer theirs.Close()
-			l.relay(n, host, theirs)
-		})
-		return ours, nil
-	}
-	return l
-}
-
-func (l *lab) close() {
-	l.end(errShutdown)
-	l.tasks.Wait()
-	l.conns.Wait()
-}
-
-// send sets destination 0.
-func (l *lab) send(source, url string) {
-	l.t.Helper()
-	if _, err := l.setDestination(destinationRule{ID: "0", Stream: source, Destination: url}); err != nil {
-		l.t.Fatal(err)
-	}
-}
-
-// film publishes 25 frames/s on a feed until ctx is done, a keyframe every 12.
-func (l *lab) film(ctx context.Context, name string, size int) {
-	p := &publisher{interrupt: func() {}}
-	f := l.mux.attach(name, p)
-	defer l.mux.detach(f, p)
-	c := newCamera()
-	c.size = size
-	for first := true; ctx.Err() == nil; first = false {
-		all, err := frames(strings.NewReader(string(c.next())))
-		if err != nil {
-			l.t.Error(err)
-		}
-		for _, m := range all {
-			m.first = first
-			f.publish(p, m)
-		}
-		time.Sleep(40 * time.Millisecond)
-	}
-}
-
-// replies is a relay or proxy that answers a request with s.
-func replies(s string) func(int64, string, net.Conn) {
-	return func(_ int64, _ string, conn net.Conn) {
-		http.ReadRequest(bufio.NewReader(conn))
-		io.WriteString(conn, s)
-	}
-}
 
 // TestBackoff: how often relays that do not work are dialled in 60 s, and
 // what the log says of them.
@@ -530,4 +374,26 @@ func TestCounters(t *testing.T) {
 			t.Errorf("got %+v, want drops of each cause", c)
 		}
 	})
+}
+
+// TestManyURLs: a destination that is sent elsewhere faster than it can go
+// there has few connections.
+func TestManyURLs(t *testing.T) {
+	var open, most atomic.Int64
+	l := newLab(t, func(_ int64, _ string, conn net.Conn) { // it never answers
+		most.Store(max(most.Load(), open.Add(1)))
+		io.Copy(io.Discard, conn)
+		open.Add(-1)
+	})
+	defer l.close()
+	for i := range 500 {
+		l.send("video0", fmt.Sprintf("ws://relay/%d", i))
+	}
+	if got := most.Load(); got > 3*maxOld { // those that are ending as well
+		t.Errorf("got %d connections at once, want at most %d", got, 3*maxOld)
+	}
+	if err := l.deleteDestination("0"); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "all connections to end", func() bool { return open.Load() == 0 })
 }

@@ -10,41 +10,6 @@ import (
 	"testing/iotest"
 )
 
-// frames runs the framer over r, and returns its messages and how it ended.
-func frames(r io.Reader) (all []*message, err error) {
-	f := newFramer(func(m *message) { all = append(all, m) })
-	for err == nil {
-		err = f.read(r)
-	}
-	if err == io.EOF {
-		err = nil
-	}
-	return all, err
-}
-
-func joined(all []*message) []byte {
-	var b []byte
-	for _, m := range all {
-		b = append(b, m.payload()...)
-	}
-	return b
-}
-
-// split gives a part of what is asked for, at most so many bytes; always the
-// same parts.
-type split struct {
-	io.Reader
-	most uint32
-	seed *uint32
-}
-
-func splitUp(b []byte, most uint32) split { return split{bytes.NewReader(b), most, new(uint32)} }
-
-func (s split) Read(p []byte) (int, error) {
-	*s.seed = *s.seed*1664525 + 1013904223
-	return s.Reader.Read(p[:min(len(p), int(1+(*s.seed>>8)%s.most))])
-}
-
 // writes is a reader of which each Read gives what one write gave.
 type writes struct {
 	parts [][]byte

@@ -2,130 +2,12 @@ package main
 
 import (
 	"bytes"
-	"encoding/binary"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"slices"
 	"testing"
 	"time"
 )
-
-// tsCheck reads a program as a strict receiver would: the tests' own reading
-// of ISO 13818-1, apart from the packet accessors.
-type tsCheck struct {
-	cc       map[uint16]int
-	version  int
-	versions int              // steps of the PMT
-	pmt      []byte           // tracks of it
-	types    map[uint16]byte  // stream_type by PID
-	pcr      int64            // 27 MHz
-	gap      int64            // the largest between two PCR
-	dts      map[uint16]ticks // last, by PID
-	pts      map[uint16][]ticks
-	jumps    int // discontinuity_indicator
-	problems []string
-}
-
-func newTSCheck() *tsCheck {
-	return &tsCheck{cc: map[uint16]int{}, version: -1, types: map[uint16]byte{}, dts: map[uint16]ticks{}, pts: map[uint16][]ticks{}}
-}
-
-func (c *tsCheck) problem(format string, args ...any) {
-	c.problems = append(c.problems, fmt.Sprintf(format, args...))
-}
-
-func (c *tsCheck) read(b []byte) {
-	if len(b)%packetSize != 0 {
-		c.problem("%d bytes are not whole packets", len(b))
-		return
-	}
-	for ; len(b) > 0; b = b[packetSize:] {
-		p := packet(b[:packetSize])
-		if p[0] != syncByte {
-			c.problem("a packet begins with %#x", p[0])
-			return
-		}
-		c.packet(p)
-	}
-}
-
-func (c *tsCheck) packet(p packet) {
-	pid, payload := p.pid(), p.payload()
-	a := p.adaptation()
-	jump := len(a) > 0 && a[0]&0x80 != 0
-	if jump {
-		c.jumps++
-	}
-	if last, ok := c.cc[pid]; ok && !jump {
-		want := last
-		if payload != nil {
-			want = (last + 1) & 15
-		}
-		if p.continuity() != want {
-			c.problem("PID %#x: continuity counter %d, want %d", pid, p.continuity(), want)
-		}
-	}
-	c.cc[pid] = p.continuity()
-	switch {
-	case payload == nil && pid != outPCR:
-	case pid == patPID || pid == outPMT:
-		c.section(pid, payload)
-	case pid == outPCR:
-		base := int64(a[1])<<25 | int64(a[2])<<17 | int64(a[3])<<9 | int64(a[4])<<1 | int64(a[5])>>7
-		pcr := base*300 + int64(a[5]&1)<<8 + int64(a[6])
-		if c.pcr > 0 {
-			if pcr <= c.pcr {
-				c.problem("PCR %d after %d", pcr, c.pcr)
-			}
-			c.gap = max(c.gap, pcr-c.pcr)
-		}
-		c.pcr = pcr
-	case c.types[pid] == 0:
-		c.problem("PID %#x is not in the PMT", pid)
-	case len(a) > 0 && a[0]&0x18 != 0:
-		c.problem("PID %#x: a feed's PCR", pid)
-	case p.unitStart():
-		pts, dts := timestamps(payload)
-		if pts == nil {
-			break
-		}
-		if dts == nil {
-			dts = pts
-		}
-		if d := readTime(dts); c.dts[pid] != 0 && signed33(d-c.dts[pid]) <= 0 {
-			c.problem("PID %#x: DTS %d after %d", pid, d, c.dts[pid])
-		}
-		c.dts[pid] = readTime(dts)
-		c.pts[pid] = append(c.pts[pid], readTime(pts))
-	}
-}
-
-func (c *tsCheck) section(pid uint16, payload []byte) {
-	n := 3 + int(binary.BigEndian.Uint16(payload[2:])&0xfff)
-	s := payload[1 : 1+n]
-	if crc32MPEG(s) != 0 {
-		c.problem("PID %#x: wrong CRC", pid)
-	}
-	if pid == patPID {
-		return
-	}
-	version, tracks := int(s[5]>>1&31), bytes.Clone(s[12:n-4])
-	switch {
-	case version == c.version && !bytes.Equal(tracks, c.pmt):
-		c.problem("the PMT changed, its version did not")
-	case version != c.version && c.version >= 0:
-		c.versions++
-		if bytes.Equal(tracks, c.pmt) {
-			c.problem("the version of the PMT changed, its content did not")
-		}
-	}
-	c.version, c.pmt = version, tracks
-	clear(c.types)
-	for i := 0; i+5 <= len(tracks); i += 5 + int(binary.BigEndian.Uint16(tracks[i+3:])&0xfff) {
-		c.types[binary.BigEndian.Uint16(tracks[i+1:])&0x1fff] = tracks[i]
-	}
-}
 
 // bench is a mux with publishers and a reader, without goroutines, at times
 // that the test sets.
@@ -181,34 +63,6 @@ func (b *bench) got() []byte {
 		}
 		b.sub.wrote(n)
 	}
-}
-
-// camera makes the frames of an ffmpeg that begins at 1.4 s.
-type camera struct {
-	tsMaker
-	pid  uint16
-	kind int // stream_type
-	id   byte
-	n    int
-	gop  int
-	step ticks
-	size int
-}
-
-func newCamera() *camera {
-	return &camera{pid: 0x100, kind: 1, id: 0xe0, gop: 12, step: 3600, size: 2000}
-}
-
-func newMicrophone() *camera {
-	return &camera{pid: 0x100, kind: 3, id: 0xc0, gop: 1, step: 2160, size: 576}
-}
-
-func (c *camera) next() []byte {
-	c.Reset()
-	c.tables(int(c.pid), c.kind)
-	c.frame(pes{pid: c.pid, id: c.id, key: c.n%c.gop == 0, pts: 126000 + ticks(c.n)*c.step, size: c.size, length: c.id != 0xe0})
-	c.n++
-	return c.Bytes()
 }
 
 // TestStreamIsAProgram: two ffmpeg processes that collide on their PIDs.
@@ -395,142 +249,6 @@ func TestStreamReader(t *testing.T) {
 	}
 }
 
-// TestClockDrift: 50 ppm for 24 h, with 20 ms of jitter, stays within 20 ms.
-func TestClockDrift(t *testing.T) {
-	t.Parallel()
-	for _, ppm := range []int64{50, -50} {
-		var c clock
-		r := rand.New(rand.NewPCG(1, 2))
-		chunk := onePES(0)
-		field, _ := timestamps(packet(chunk).payload())
-		worst, start := ticks(0), ticks(0)
-		for i := range int64(24 * 3600 * 25) {
-			capture := ticks(i * 3600)
-			pts := (capture + ticks(i*3600*ppm/1_000_000) + wrap - 5*second) & (wrap - 1) // wraps soon, and again
-			writeTime(field, pts)
-			offset, jumped, ready := c.follow(chunk, chunkInfo{hasVideo: true}, 1000+capture+ticks(r.IntN(1800)), i == 0)
-			if !ready && i < 10 {
-				continue
-			}
-			if !ready || jumped && i > 10 {
-				t.Fatalf("frame %d: ready is %v, jumped %v", i, ready, jumped)
-			}
-			off := signed33(pts + offset - capture)
-			if i == 25*20 {
-				start = off
-			}
-			if i > 25*20 {
-				worst = max(worst, off-start, start-off)
-			}
-		}
-		if worst > second/50 {
-			t.Errorf("%d ppm: got %d ticks away, want %d at most", ppm, worst, second/50)
-		}
-	}
-}
-
-// onePES is one packet that begins a PES.
-func onePES(pts ticks) []byte {
-	var m tsMaker
-	m.frame(pes{pid: 0x100, id: 0xe0, pts: pts, size: 10})
-	return m.Bytes()
-}
-
-// TestClockMonotonic: what is posted faster than real time, in bursts, again
-// or with a jump never makes the offset take a timestamp back.
-func TestClockMonotonic(t *testing.T) {
-	tests := []struct {
-		name  string
-		frame func(i int) (pts, at ticks, restarted bool)
-	}{
-		{"ten times as fast", func(i int) (ticks, ticks, bool) { return ticks(i) * 3600, ticks(i) * 360, false }},
-		{"bursts of 2 s", func(i int) (ticks, ticks, bool) { return ticks(i) * 3600, ticks(i/50) * 50 * 3600, false }},
-		{"a stall of 10 s, then all at once", func(i int) (ticks, ticks, bool) {
-			return ticks(i) * 3600, ticks(max(i, 350)) * 3600, false
-		}},
-		{"restarts", func(i int) (ticks, ticks, bool) { return ticks(i%100) * 3600, ticks(i) * 3700, i%100 == 0 }},
-		{"restarts of one that is ahead", func(i int) (ticks, ticks, bool) { return ticks(i%100) * 3600, ticks(i) * 3400, i%100 == 0 }},
-		{"a loop in one body", func(i int) (ticks, ticks, bool) { return ticks(i%100) * 3600, ticks(i) * 3600, false }},
-		{"an hour forward", func(i int) (ticks, ticks, bool) {
-			return ticks(i)*3600 + ticks(i/100)*3600*second, ticks(i) * 3600, false
-		}},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			var c clock
-			last := ticks(-1 << 60)
-			var held []ticks
-			for i := range 1000 {
-				pts, at, restarted := tt.frame(i)
-				held = append(held, pts)
-				offset, _, ready := c.follow(onePES(pts), chunkInfo{hasVideo: true}, 10*second+at, restarted || i == 0)
-				if !ready && len(held) < 50 {
-					continue
-				}
-				if !ready {
-					offset, _ = c.hurry(chunkInfo{hasVideo: true}, 10*second+at)
-				}
-				for _, pts := range held {
-					if out := pts + offset; out <= last { // near enough to now: not wrapped
-						t.Fatalf("frame %d: got %d after %d", i, out, last)
-					} else {
-						last = out
-					}
-				}
-				held = held[:0]
-			}
-		})
-	}
-}
-
-// TestClockAhead: a feed that was more than 2 s ahead begins at now when it
-// restarts.
-func TestClockAhead(t *testing.T) {
-	var c clock
-	for i := range 200 {
-		c.follow(onePES(ticks(i)*3600), chunkInfo{hasVideo: true}, 10*second+ticks(i)*1000, i == 0)
-	}
-	now := 10*second + ticks(200*1000)
-	for i := range ticks(6) {
-		offset, jumped, ready := c.follow(onePES(i*3600), chunkInfo{hasVideo: true}, now+i*3600, i == 0)
-		if ready != (i >= 4) || ready && (offset != now || jumped != (i == 4)) {
-			t.Errorf("frame %d: got offset %d, jumped %v, ready %v, want %d from 150 ms on", i, offset, jumped, ready, now)
-		}
-	}
-}
-
-// TestClockStart: the late first frames of a publisher do not move the rest,
-// and sound is where its end was when it arrived.
-func TestClockStart(t *testing.T) {
-	tests := []struct {
-		name string
-		info chunkInfo
-		step ticks // between two PES
-		late []ticks
-		want ticks
-	}{
-		{"video", chunkInfo{hasVideo: true}, 3600, []ticks{4000, 2000, 0, 900, 0, 0}, 0},
-		{"sound", chunkInfo{}, 2160, []ticks{4000, 0, 0, 300, 0, 0, 0, 0, 0, 0, 0}, -2160},
-		{"AAC", chunkInfo{program: &program{tracks: []track{{pid: 0x100, streamType: 0x0f}}}}, 1920, []ticks{4000, 0, 0, 300, 0, 0, 0, 0, 0, 0, 0}, -1920 - lookAhead},
-		{"sound in long PES", chunkInfo{}, 33300, []ticks{0, 0}, -33300},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			var c clock
-			for i, late := range tt.late {
-				dts := ticks(i) * tt.step
-				offset, _, ready := c.follow(onePES(dts), tt.info, 10*second+dts+late, i == 0)
-				if ready && offset != 10*second+tt.want {
-					t.Errorf("PES %d: got offset %d, want %d", i, offset-10*second, tt.want)
-				}
-				if i == len(tt.late)-1 && !ready {
-					t.Error("never ready")
-				}
-			}
-		})
-	}
-}
-
 // TestStreamNoKeyframe: a stream passes a feed without keyframes after 5 s, to
 // readers that were there before.
 func TestStreamNoKeyframe(t *testing.T) {
@@ -614,28 +332,6 @@ func TestStreamAsFeed(t *testing.T) {
 		if !m.info.start {
 			t.Errorf("message %d begins inside a frame", i)
 		}
-	}
-}
-
-func TestTimestamps(t *testing.T) {
-	b := []byte{0x31, 0, 0, 0, 0}
-	for _, want := range []ticks{0, 1, 90000, 1 << 15, 1 << 30, wrap - 1} {
-		writeTime(b, want)
-		if got := readTime(b); got != want || b[0]>>4 != 3 || b[0]&b[2]&b[4]&1 != 1 {
-			t.Errorf("got %d, % x, want %d and the marker bits", got, b, want)
-		}
-	}
-}
-
-// TestClearPCR: what follows the PCR in an adaptation field stays.
-func TestClearPCR(t *testing.T) {
-	p := packet(bytes.Repeat([]byte{0xee}, packetSize))
-	copy(p, []byte{0x47, 0x01, 0, 0x30, 17, 0x5a, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 'p', 'r', 'i'})
-	p[4] = 17
-	want := []byte{17, 0x42, 3, 'p', 'r', 'i'}
-	clearPCR(p)
-	if got := p[4:10]; !bytes.Equal(got, want) || !slices.Equal(p[10:22], bytes.Repeat([]byte{0xff}, 12)) || p[22] != 0xee {
-		t.Errorf("got % x, want % x, stuffing, then the payload", p[4:24], want)
 	}
 }
 

@@ -374,3 +374,56 @@ func (m *ruleModel) change() (method, path, body string) {
 	b, _ := json.Marshal(rule)
 	return "POST", "/api/destinations", string(b)
 }
+
+// TestSecretsInFile: secrets are in the state file, which is for its owner
+// alone, and come back from it; they are in no answer and no line of the log.
+func TestSecretsInFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "rules")
+	relay := newTokenRelay(t)
+	secrets := []string{"topsecret1.token", "topsecret2", "topsecret3", "topsecret4.token"}
+	env := []string{"VW_STATE=" + file, "VW_LOGLEVEL=debug", "VW_API=ws://me:topsecret3@" + relay + "/control", "VW_API_TOKEN=topsecret4.token"}
+	grep := func(what, text string) {
+		t.Helper()
+		for _, s := range secrets {
+			if strings.Contains(text, s) {
+				t.Errorf("%s: %q is in %s", what, s, text)
+			}
+		}
+	}
+	for i := range 2 {
+		addr, log, stop := runVW(t, env...)
+		if i == 0 {
+			for n, scheme := range []string{"ws", "http"} {
+				user := "me:topsecret3@"
+				if scheme == "http" {
+					user = ""
+				}
+				grep("answer", httpCall(t, "POST", "http://"+addr+"/api/destinations", fmt.Sprintf(
+					`{"id":%d,"stream":"video0","destination":"%s://%s%s/echo","token":"topsecret1.token","headers":{"X-Key":"topsecret2"}}`, n, scheme, user, relay)))
+			}
+		}
+		waitFor(t, "refusals", func() bool { return strings.Count(log.String(), "no connection, trying again") == 3 })
+		for _, path := range []string{"/api/destinations/all", "/api/destinations/0", "/api/destinations/1"} {
+			answer := httpCall(t, "GET", "http://"+addr+path, "")
+			grep("answer", answer)
+			if !strings.Contains(answer, `"token":"***"`) {
+				t.Errorf("%s: got %s, want a token", path, answer)
+			}
+		}
+		grep("stats", httpCall(t, "GET", "http://"+addr+"/api/stats", "")+httpCall(t, "GET", "http://"+addr+"/metrics", ""))
+		stop()
+		grep("log", log.String())
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range secrets[:3] {
+			if !strings.Contains(string(b), s) {
+				t.Errorf("the file has no %s: %s", s, b)
+			}
+		}
+		if info, _ := os.Stat(file); info.Mode().Perm() != 0o600 {
+			t.Errorf("got mode %v, want 0600", info.Mode())
+		}
+	}
+}

@@ -1,23 +1,16 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
-	"net/http"
-	"net/http/httptest"
 	"slices"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/iotest"
-	"testing/synctest"
-	"time"
 )
 
 // readConn is a connection that is only read.
@@ -124,26 +117,6 @@ func TestInboxRead(t *testing.T) {
 	}
 }
 
-// TestCutOff: neither a close frame nor the end of the connection ends a
-// publisher's last frame.
-func TestCutOff(t *testing.T) {
-	clip := testClip(12, 3000)
-	clip = clip[:len(clip)-packetSize] // which told that its frame ends
-	for name, end := range map[string][]byte{"closed": appendFrame(nil, opClose, []byte{3, 0xe8}, true), "lost": nil} {
-		x, s := newMux(), newSubscriber(raw, time.Minute)
-		x.join("video0", s)
-		wire := append(appendFrame(nil, opBinary, clip, true), end...)
-		err := x.publish("video0", &publisher{}, cutOff{testInbox(bytes.NewReader(wire), false)})
-		var got []byte
-		for _, b := range s.take(nil, 1<<20, false, time.Now()) {
-			got = append(got, b...)
-		}
-		if !errors.Is(err, errPeerClosed) || len(got) < len(clip)*10/12 || len(got) > len(clip)-3000 {
-			t.Errorf("%s: got %d bytes of %d and %v, want all but the last frame", name, len(got), len(clip), err)
-		}
-	}
-}
-
 // TestInboxRefuses: what the other side may not send.
 func TestInboxRefuses(t *testing.T) {
 	masked := func(opcode byte, payload string) string {
@@ -170,86 +143,6 @@ func TestInboxRefuses(t *testing.T) {
 			t.Errorf("%s: got %v, want %q", tt.name, err, tt.want)
 		}
 	}
-}
-
-// gathered keeps what is written.
-type gathered struct {
-	net.Conn
-	b []byte
-}
-
-func (g *gathered) Write(b []byte) (int, error) {
-	g.b = append(g.b, b...)
-	return len(b), nil
-}
-
-// TestEarly: frames that come with the relay's answer, and with a publisher's
-// request. What is no frame is answered with status 1002.
-func TestEarly(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := newLab(t, func(_ int64, _ string, conn net.Conn) {
-			r := bufio.NewReader(conn)
-			request, err := http.ReadRequest(r)
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			answer := &gathered{}
-			upgradeTo(answer, request)
-			var reading sync.WaitGroup
-			defer reading.Wait()
-			var media atomic.Int64
-			reading.Go(func() { serveOn(conn, r, &media) })
-			conn.Write(append(answer.b, frame(0x81, `{"authorised":true}`)...))
-		})
-		if _, err := l.setDestination(destinationRule{ID: "0", Stream: "video0", Destination: "ws://relay", Token: testToken}); err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(time.Second)
-		if log := l.log.String(); !strings.Contains(log, "msg=connected") {
-			t.Errorf("got the log\n%swant a connection", log)
-		}
-		l.close()
-	})
-
-	h := httptest.NewServer(newTestServer(t, ""))
-	defer h.Close()
-	conn, err := net.Dial("tcp", h.Listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(5 * time.Second))
-	ask := "GET /in/video0 HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
-		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nOrigin: http://localhost\r\n\r\n"
-	conn.Write(appendFrame([]byte(ask), opPing, []byte("early"), true))
-	r := bufio.NewReader(conn)
-	if a, err := http.ReadResponse(r, nil); err != nil || a.StatusCode != http.StatusSwitchingProtocols {
-		t.Fatalf("got %v, %v", a, err)
-	}
-	got := make([]byte, 7)
-	if _, err := io.ReadFull(r, got); err != nil || string(got) != "\x8a\x05early" {
-		t.Errorf("got %q, %v, want the pong", got, err)
-	}
-	conn.Write([]byte("\xc2\x81abcdx"))
-	if got, err := io.ReadAll(r); err != nil || string(got) != "\x88\x02\x03\xea" {
-		t.Errorf("got %q, %v, want a close frame with status 1002", got, err)
-	}
-}
-
-// TestMuchRead: what a relay sends is read at 4 MB/s at most.
-func TestMuchRead(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := newLink(readConn{Reader: bytes.NewReader(make([]byte, 1<<20))}, discardLog)
-		l.masks = true
-		start := time.Now()
-		if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{l}, make([]byte, 1000)); n != 1<<20 || err != nil {
-			t.Errorf("got %d bytes, %v", n, err)
-		}
-		if d := time.Since(start); d < 200*time.Millisecond || d > 256*time.Millisecond {
-			t.Errorf("took %v, want a millisecond for 4 KiB", d)
-		}
-	})
 }
 
 // FuzzInbox: whatever comes, in whatever pieces, the same is read of it, and

@@ -2,10 +2,13 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"log"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -23,20 +26,6 @@ import (
 
 const testToken = "eyJhbGciOiJIUzI1NiJ9.eyJhdWQiOiJ4In0.c2lnbmF0dXJl"
 
-// frame is an unmasked frame, as a relay sends it; b0 is its first byte.
-func frame(b0 byte, payload string) []byte {
-	f := appendHeader(nil, 0, len(payload), nil)
-	f[0] = b0
-	return append(f, payload...)
-}
-
-// write sends frames to a connection that may have been closed.
-func write(conn net.Conn, frames ...[]byte) {
-	for _, f := range frames {
-		conn.Write(f)
-	}
-}
-
 // counted notes what a count was when the last write began.
 type counted struct {
 	net.Conn
@@ -47,21 +36,6 @@ type counted struct {
 func (c *counted) Write(b []byte) (int, error) {
 	c.n = c.count.Load()
 	return c.Conn.Write(b)
-}
-
-// serveOn is serveRelay after the handshake.
-func serveOn(conn net.Conn, r io.Reader, media *atomic.Int64) {
-	for {
-		opcode, _, err := readFrame(r)
-		switch {
-		case err != nil || opcode == opClose:
-			return
-		case opcode == opPing:
-			conn.Write([]byte{0x8a, 0})
-		case opcode == opBinary:
-			media.Add(1)
-		}
-	}
 }
 
 // TestToken: what relays may answer to a token on ws, how often they are
@@ -396,4 +370,297 @@ func TestOpenEnds(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestProxyAnswers: how often a proxy that does not open a tunnel is asked in
+// 60 s, and what the log says of it.
+func TestProxyAnswers(t *testing.T) {
+	t.Parallel()
+	tests := []struct {
+		name        string
+		proxy       func(n int64, host string, conn net.Conn)
+		least, most int64
+		log         string
+	}{
+		{"is away", nil, 150, 750, "proxy 10.0.0.1:3128: connection refused"},
+		{"wants credentials", replies("HTTP/1.1 407 Proxy Authentication Required\r\n\r\n"), 6, 8, "proxy 10.0.0.1:3128: 407 Proxy Authentication Required"},
+		{"forbids", replies("HTTP/1.0 403 Filtered\r\n\r\n"), 6, 8, "proxy 10.0.0.1:3128: 403 Filtered"},
+		{"can't reach the relay", replies("HTTP/1.1 502 Bad Gateway\r\nContent-Length: 9\r\n\r\nno route"), 150, 750, "502 Bad Gateway"},
+		{"waited for the relay", replies("HTTP/1.1 504 Gateway Timeout\r\n\r\n"), 150, 750, "504 Gateway Timeout"},
+		{"can't, as tinyproxy says it", replies("HTTP/1.0 500 Unable to connect\r\n\r\n"), 150, 750, "500 Unable to connect"},
+		{"is a web server", replies("HTTP/1.1 405 Method Not Allowed\r\n\r\n"), 9, 15, "405 Method Not Allowed"},
+		{"closes", replies(""), 9, 15, "closed without an answer"},
+		{"is silent", func(_ int64, _ string, conn net.Conn) { io.Copy(io.Discard, conn) }, 5, 9, "no answer within 5s"},
+		{"has an endless header", replies("HTTP/1.1 200 OK\r\nX: " + strings.Repeat("y", 1<<20)), 9, 15, "longer than 16384 bytes"},
+		{"is an SSH server", replies("SSH-2.0-OpenSSH_9.2\r\n\r\n"), 9, 15, "SSH-2.0-OpenSSH_9.2"},
+		{"has a long line", replies("HTTP/1.1 407 " + strings.Repeat("y", 9000) + "\r\n\r\n"), 6, 8, "407 yyyy"},
+		{"has a line for the log", replies("HTTP/1.1 407 a\x1b[31mb\r\n\r\n"), 6, 8, `a\\x1b[31mb`},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := newLab(t, tt.proxy)
+				l.proxy = proxyAt(t, "http://any:secret@10.0.0.1:3128")
+				defer l.close()
+				l.send("video0", "ws://relay/in/x")
+				time.Sleep(60 * time.Second)
+				if got := l.dials.Load(); got < tt.least || got > tt.most {
+					t.Errorf("got %d dials, want %d to %d", got, tt.least, tt.most)
+				}
+				log := l.log.String()
+				if strings.Count(log, tt.log) != 1 || strings.Count(log, "level=WARN") != 1 || len(log) > 2000 {
+					t.Errorf("got the log\n%swant %q once", log, tt.log)
+				}
+				if strings.Contains(log, "secret") {
+					t.Errorf("got the log\n%swant no password in it", log)
+				}
+			})
+		})
+	}
+}
+
+// TestProxyScheme: a proxy that vw can't speak to is told, and not gone past.
+func TestProxyScheme(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(t, nil)
+		l.proxy = proxyAt(t, "socks5://any:secret@10.0.0.1:1080")
+		defer l.close()
+		l.send("video0", "ws://relay")
+		time.Sleep(10 * time.Second)
+		const want = `proxy 10.0.0.1:1080: the scheme is \"socks5\", it must be http or https`
+		if log := l.log.String(); !strings.Contains(log, want) || l.dials.Load() > 0 {
+			t.Errorf("got %d dials and the log\n%swant none and %q", l.dials.Load(), log, want)
+		}
+	})
+}
+
+// TestReadAnswer: what follows the header of the answer is left to the tunnel.
+func TestReadAnswer(t *testing.T) {
+	for _, head := range []string{"HTTP/1.1 200 OK\r\n\r\n", "HTTP/1.0 200 Connection established\r\nA: b\r\n\r\n", "HTTP/1.1 200 OK\n\n"} {
+		r := strings.NewReader(head + "tunnel")
+		a, err := readAnswer(r, &http.Request{Method: http.MethodConnect})
+		rest, _ := io.ReadAll(r)
+		if err != nil || a.StatusCode != http.StatusOK || string(rest) != "tunnel" {
+			t.Errorf("%q: got %v, %v and %q, want 200 and %q", head, a, err, rest, "tunnel")
+		}
+	}
+}
+
+// TestProxyTunnel: video reaches relays with and without TLS, through proxies
+// with and without TLS.
+func TestProxyTunnel(t *testing.T) {
+	t.Parallel()
+	ca := newTestCA(t)
+	for _, tt := range []struct{ name, proxy, relay string }{
+		{"ws", "http", "ws"}, {"wss", "http", "wss"}, {"TLS, then ws", "https", "ws"}, {"TLS in TLS", "https", "wss"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			listen := func(secure bool) net.Listener {
+				l := listenLoopback(t)
+				if secure {
+					return tls.NewListener(l, ca.server)
+				}
+				return l
+			}
+			var messages, tunnels atomic.Int64
+			relay, proxy := listen(tt.relay == "wss"), listen(tt.proxy == "https")
+			serveEach(t, relay, func(conn net.Conn) { serveRelay(conn, func([]byte) { messages.Add(1) }) })
+			serveEach(t, proxy, passTunnels(&tunnels))
+			var log logBuffer
+			r, ctx, tasks := realRules(t, &log)
+			r.roots = ca.roots
+			r.proxy = proxyAt(t, tt.proxy+"://lab:s3cr%3At@"+proxy.Addr().String())
+			film := lab{rules: r, t: t}
+			tasks.Go(func() { film.film(ctx, "video0", 50000) })
+			r.to(t, "0", "video0", tt.relay+"://"+relay.Addr().String())
+			waitFor(t, "video", func() bool { return messages.Load() > 20 })
+			if got := tunnels.Load(); got != 1 {
+				t.Errorf("got %d tunnels, want 1", got)
+			}
+		})
+	}
+}
+
+// TestE2EProxy: video goes to the relay through tinyproxy, and again when the
+// relay was away.
+func TestE2EProxy(t *testing.T) {
+	t.Parallel()
+	if !inNamespace(t) {
+		return
+	}
+	certs := newCerts(t, net.IPv4(192, 0, 2, 1))
+	for _, tt := range []struct {
+		name, auth, user string
+		tls              bool
+		variable         string
+	}{
+		{"ws", "", "", false, "HTTP_PROXY"},
+		{"wss", "", "", true, "https_proxy"},
+		{"ws with credentials", "BasicAuth lab secret", "lab:secret@", false, "http_proxy"},
+		{"wss with credentials", "BasicAuth lab secret", "lab:secret@", true, "HTTPS_PROXY"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var args []string
+			scheme := "ws://"
+			if tt.tls {
+				args, scheme = []string{"-cert", certs.cert, "-key", certs.key}, "wss://"
+			}
+			proxy, addr := startTinyproxy(t, tt.auth)
+			r := startRelay(t, "192.0.2.1:0", args...)
+			v := startVW(t, "SSL_CERT_FILE="+certs.ca, tt.variable+"=http://"+tt.user+addr)
+			checkReturns(t, v, r, scheme+r.addr, `proxy 192\.0\.2\.1:3128: 500 Unable to connect`, args...)
+			proxy.expect(t, 0, settleTime, `CONNECT `+r.addr)
+			if strings.Contains(v.out.String(), "secret") {
+				t.Errorf("got the log\n%swant no password in it", v.out.String())
+			}
+		})
+	}
+	for _, tt := range []struct{ name, user, want string }{
+		{"refused", "", "407 Proxy Authentication Required"},
+		{"refused with other credentials", "lab:s3cret@", "401 Unauthorized"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, addr := startTinyproxy(t, "BasicAuth lab secret")
+			r := startRelay(t, "192.0.2.1:0")
+			v := startVW(t, "HTTP_PROXY=http://"+tt.user+addr)
+			v.call(t, http.StatusOK, "POST", "/api/destinations", `{"id":"0","stream":"video0","destination":"ws://`+r.addr+`"}`)
+			v.expect(t, 0, settleTime, `err="proxy 192\.0\.2\.1:3128: `+tt.want+`"`)
+			if strings.Contains(v.out.String(), "s3cret") || r.out.find(0, `open`) != nil {
+				t.Errorf("got the log\n%swant no password in it, and no connection", v.out.String())
+			}
+		})
+	}
+	t.Run("check", func(t *testing.T) {
+		_, addr := startTinyproxy(t, "BasicAuth lab secret")
+		r := startRelay(t, "192.0.2.1:0", "-cert", certs.cert, "-key", certs.key)
+		status, out := runCheck(t, "wss://"+r.addr, "HTTPS_PROXY=http://lab:secret@"+addr, "SSL_CERT_FILE="+certs.ca)
+		checkOutput(t, status, out, "", "All is well: video can go from here to "+r.addr)
+		if want := "a tunnel through " + addr; !strings.Contains(out, want) {
+			t.Errorf("got\n%swant %q", out, want)
+		}
+	})
+	t.Run("NO_PROXY", func(t *testing.T) {
+		r := startRelay(t, "192.0.2.1:0")
+		v := startVW(t, "HTTP_PROXY=http://192.0.2.1:1", "NO_PROXY=192.0.2.0/24")
+		v.send(t, "0", "video0", "ws://"+r.addr)
+	})
+}
+
+// TestE2ETokens: both dialects with a relay that is not ours: good, bad and
+// expired tokens, and its restart; the control link needs tokens too.
+func TestE2ETokens(t *testing.T) {
+	r, relay := startTokenRelay(t, "127.0.0.1:0", "-secret", relaySecret)
+	v := startVW(t, "VW_API=http://"+relay+"/session/control", "VW_API_TOKEN="+relayToken("/session/control", time.Hour))
+	v.expect(t, 0, startupTime, `msg=connected dest=apiRule `)
+	tests := []struct{ id, url, token, want string }{
+		{"good", "ws://" + relay + "/in/a", relayToken("/in/a", time.Hour), `msg=connected dest=good `},
+		{"bad", "ws://" + relay + "/in/a", "a.b.c", `dest=bad .* err="the relay refuses the token: \\"its signature is wrong\\""`},
+		{"old", "ws://" + relay + "/in/a", relayToken("/in/a", -time.Minute), `dest=old .* err="the relay refuses the token: \\"it has expired\\""`},
+		{"other", "ws://" + relay + "/in/a", relayToken("/in/b", time.Hour), `dest=other .* err="the relay refuses the token: \\"it is for /in/b, not /in/a\\""`},
+		{"http-good", "http://" + relay + "/session/a", relayToken("/session/a", time.Hour), `msg=connected dest=http-good `},
+		{"http-bad", "http://" + relay + "/session/a", "a.b.c", `dest=http-bad .*500 Internal Server Error\\": \\"its signature is wrong\\""`},
+		{"http-old", "http://" + relay + "/session/a", relayToken("/session/a", -time.Minute), `dest=http-old .*500 Internal Server Error\\": \\"it has expired\\""`},
+	}
+	for _, tt := range tests {
+		v.call(t, http.StatusOK, "POST", "/api/destinations", fmt.Sprintf(`{"id":%q,"stream":"video0","destination":%q,"token":%q}`, tt.id, tt.url, tt.token))
+		v.expect(t, 0, startupTime, tt.want)
+	}
+	for _, path := range []string{"/in/a", "/session/a", "/session/control"} {
+		r.expect(t, 0, startupTime, `open `+path+`\n`)
+	}
+	watch := func(url, token string) {
+		t.Helper()
+		if strings.HasPrefix(url, "http") {
+			d := &destination{rule: destinationRule{Token: token}}
+			d.url, _ = cleanURL(url)
+			d.dial = newRules(t.Context(), newMux(), time.Second, discardLog).dial
+			u, err := d.access(t.Context(), make(http.Header))
+			if err != nil {
+				t.Fatal(err)
+			}
+			url, token = u.String(), ""
+		}
+		c := newController(t, url)
+		if token != "" && !strings.Contains(c.ask(t, token), `"authorised":true`) {
+			t.Fatalf("%s: the viewer is refused", url)
+		}
+		p := startPost(t, v.addr, "video0")
+		defer p.end(t)
+		ended := make(chan struct{})
+		defer func() { <-ended }()
+		stop, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go func() {
+			defer close(ended)
+			for clip := testClip(12, 500); stop.Err() == nil; time.Sleep(20 * time.Millisecond) {
+				p.write(t, clip)
+			}
+		}()
+		video := websocket.Codec{Unmarshal: func(b []byte, opcode byte, _ any) error {
+			if opcode != opBinary || !bytes.HasPrefix(b, []byte{syncByte}) {
+				return fmt.Errorf("opcode %d, %d bytes", opcode, len(b))
+			}
+			return nil
+		}}
+		if err := video.Receive(c.Conn, nil); err != nil {
+			t.Errorf("%s: the viewer got %v", url, err)
+		}
+	}
+	watch("ws://"+relay+"/in/a", relayToken("/in/a", time.Hour))
+	watch("http://"+relay+"/session/a", relayToken("/session/a", time.Hour))
+
+	seen := v.out.len()
+	r.kill(t)
+	v.expect(t, seen, startupTime, `dest=good .*connection refused`)
+	r, _ = startTokenRelay(t, relay, "-secret", relaySecret)
+	for _, path := range []string{"/in/a", "/session/a", "/session/control"} {
+		r.expect(t, 0, startupTime, `open `+path+`\n`)
+	}
+	watch("ws://"+relay+"/in/a", relayToken("/in/a", time.Hour))
+	watch("http://"+relay+"/session/a", relayToken("/session/a", time.Hour))
+	for _, tt := range tests {
+		if strings.Contains(v.out.String(), tt.token) {
+			t.Errorf("the token of %s is in the log", tt.id)
+		}
+	}
+	if strings.Contains(v.out.String(), "code=") {
+		t.Error("a code is in the log")
+	}
+}
+
+// FuzzRelay: whatever a relay answers, or sends once it has answered well, the
+// connection ends with it, and the log is what we wrote.
+func FuzzRelay(f *testing.F) {
+	f.Add([]byte("HTTP/1.1 101 x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: x\r\n\r\n"), []byte{})
+	f.Add([]byte("HTTP/1.1 500 \x1b[2J\xff\r\n\r\n"), []byte{})
+	f.Add([]byte{}, []byte("\x89\x02ab\x82\x7e\x00\x04abcd\x01\x01a\x80\x00\x88\x02\x03\xe8"))
+	f.Add([]byte{}, []byte("\x82\x7f\xff\xff\xff\xff\xff\xff\xff\xff\xf2\x81abcde"))
+	f.Fuzz(func(t *testing.T, answer, after []byte) {
+		log := &logBuffer{}
+		l := newLab(t, func(_ int64, _ string, conn net.Conn) {
+			if len(answer) == 0 {
+				if _, err := accept(conn); err != nil {
+					t.Error(err)
+				}
+				answer = after
+			} else if _, err := http.ReadRequest(bufio.NewReader(conn)); err != nil {
+				t.Error(err)
+			}
+			var reading sync.WaitGroup
+			defer reading.Wait()
+			reading.Go(func() { io.Copy(io.Discard, conn) })
+			conn.Write(answer)
+			conn.Close()
+		})
+		defer l.close()
+		u, _ := url.Parse("ws://u:" + secretUser + "@relay/in")
+		d := &destination{rule: destinationRule{Stream: "video0"}, url: u, mux: l.mux, dial: l.dial, maxLag: time.Second, log: slog.New(slog.NewTextHandler(log, nil))}
+		d.hush, d.isLive = func() {}, func() {}
+		_, err := d.connect(t.Context(), true)
+		d.log.Info("ended", "err", err)
+		checkLog(t, log.String())
+		if len(err.Error()) > 300 {
+			t.Errorf("the error has %d bytes: %v", len(err.Error()), err)
+		}
+	})
 }

@@ -1,0 +1,218 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/net/websocket"
+)
+
+// TestRefusedPost: a publisher that is refused is told, and cut off, while its
+// body goes on.
+func TestRefusedPost(t *testing.T) {
+	addr, _, _ := runVW(t)
+	tests := []struct{ name, path, data, want string }{
+		{"a bad name", "/ts/stream/x", "", "400"},
+		{"no MPEG-TS", "/ts/video0", strings.Repeat("this is text ", 6000), "415"},
+		{"a wrong path", "/video0", "", "404"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			conn, err := net.Dial("tcp", addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			start := time.Now()
+			conn.SetDeadline(start.Add(3 * time.Second))
+			fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: %s\r\nTransfer-Encoding: chunked\r\n\r\n", tt.path, addr)
+			if tt.data != "" {
+				fmt.Fprintf(conn, "%x\r\n%s\r\n", len(tt.data), tt.data)
+			}
+			answer, err := io.ReadAll(conn) // ends when the connection does
+			if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 "+tt.want) || !strings.Contains(string(answer), `{"error":`) {
+				t.Errorf("after %v got %q, %v, want %s", time.Since(start), answer, err, tt.want)
+			}
+		})
+	}
+}
+
+// TestTakeOver: the newest publisher wins; the older gets 409 at once, and a
+// body that is not MPEG-TS takes nothing over.
+func TestTakeOver(t *testing.T) {
+	addr, _, _ := runVW(t)
+	post := func() (*io.PipeWriter, chan string) {
+		r, w := io.Pipe()
+		done := make(chan string, 1)
+		go func() {
+			a, err := http.Post("http://"+addr+"/ts/video0", "", r)
+			if err != nil {
+				done <- err.Error()
+				return
+			}
+			defer a.Body.Close()
+			b, _ := io.ReadAll(a.Body)
+			done <- fmt.Sprint(a.StatusCode, " ", string(b))
+		}()
+		return w, done
+	}
+	clip := testClip(12, 1000)
+	old, oldDone := post()
+	old.Write(clip)
+	text, textDone := post()
+	text.Write([]byte(strings.Repeat("text ", 20000)))
+	if got := <-textDone; !strings.HasPrefix(got, "415 ") {
+		t.Errorf("text: got %s, want 415", got)
+	}
+	text.Close()
+	select {
+	case got := <-oldDone:
+		t.Fatalf("text took the feed over: %s", got)
+	default:
+	}
+	next, nextDone := post()
+	next.Write(clip)
+	if got := <-oldDone; !strings.HasPrefix(got, `409 {"error":"replaced`) {
+		t.Errorf("the older: got %s, want 409", got)
+	}
+	old.Close()
+	next.Close()
+	if got := <-nextDone; got != `200 "ok"` {
+		t.Errorf("the newest: got %s, want 200", got)
+	}
+}
+
+// TestInOut: a publisher on /in, a viewer on /out that offers subprotocols as
+// JSMpeg does, and a destination from one to the other.
+func TestInOut(t *testing.T) {
+	addr, _, _ := runVW(t)
+	call := func(request string) {
+		t.Helper()
+		method, rest, _ := strings.Cut(request, " ")
+		path, body, _ := strings.Cut(rest, " ")
+		r, _ := http.NewRequest(method, "http://"+addr+path, strings.NewReader(body))
+		a, err := http.DefaultClient.Do(r)
+		if err != nil || a.StatusCode != 200 {
+			t.Fatalf("%s: got %v, %v", request, a, err)
+		}
+		a.Body.Close()
+	}
+	dial := func(path string, protocol ...string) *websocket.Conn {
+		t.Helper()
+		c, _ := websocket.NewConfig("ws://"+addr+path, "http://"+addr)
+		c.Protocol = protocol
+		ws, err := websocket.DialConfig(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { ws.Close() })
+		return ws
+	}
+	call(`POST /api/destinations {"id":1,"stream":"video0","destination":"ws://` + addr + `/in/relay0"}`)
+	viewer := dial("/out/relay0", "null", "other")
+	if got := viewer.Config().Protocol; !slices.Equal(got, []string{"null"}) {
+		t.Errorf("got subprotocol %q, want null", got)
+	}
+	publisher := dial("/in/video0")
+	publisher.PayloadType = websocket.BinaryFrame
+	clip := testClip(120, 3000)
+	done := make(chan []byte)
+	go func() { // what the viewer gets, until it has one frame in 120
+		var got []byte
+		buf := make([]byte, 1<<16)
+		viewer.SetDeadline(time.Now().Add(10 * time.Second))
+		for len(got) < len(clip)/2 {
+			n, err := viewer.Read(buf)
+			if err != nil {
+				t.Errorf("the viewer: %v after %d bytes", err, len(got))
+				break
+			}
+			got = append(got, buf[:n]...)
+		}
+		done <- got
+	}()
+	for b := clip; len(b) > 0; { // in pieces, as slow as a camera; again until the viewer has enough
+		n := min(len(b), 1000)
+		if _, err := publisher.Write(b[:n]); err != nil {
+			t.Fatal(err)
+		}
+		b = b[n:]
+		time.Sleep(time.Millisecond)
+	}
+	got := <-done
+	if !strings.Contains(string(clip), string(got)) {
+		t.Errorf("the viewer got %d bytes that are not what was published", len(got))
+	}
+	if p := packet(got); p.pid() != patPID {
+		t.Errorf("the viewer's first packet has PID %#x, want PAT", p.pid())
+	}
+	call("DELETE /api/destinations/1")
+}
+
+// TestCutOff: neither a close frame nor the end of the connection ends a
+// publisher's last frame.
+func TestCutOff(t *testing.T) {
+	clip := testClip(12, 3000)
+	clip = clip[:len(clip)-packetSize] // which told that its frame ends
+	for name, end := range map[string][]byte{"closed": appendFrame(nil, opClose, []byte{3, 0xe8}, true), "lost": nil} {
+		x, s := newMux(), newSubscriber(raw, time.Minute)
+		x.join("video0", s)
+		wire := append(appendFrame(nil, opBinary, clip, true), end...)
+		err := x.publish("video0", &publisher{}, cutOff{testInbox(bytes.NewReader(wire), false)})
+		var got []byte
+		for _, b := range s.take(nil, 1<<20, false, time.Now()) {
+			got = append(got, b...)
+		}
+		if !errors.Is(err, errPeerClosed) || len(got) < len(clip)*10/12 || len(got) > len(clip)-3000 {
+			t.Errorf("%s: got %d bytes of %d and %v, want all but the last frame", name, len(got), len(clip), err)
+		}
+	}
+}
+
+// TestE2EProxiedFeed: ffmpeg posts with VW_TOKEN through a proxy with TLS, as
+// the README says; without the token, or a wrong one, it is refused.
+func TestE2EProxiedFeed(t *testing.T) {
+	t.Parallel()
+	v := startVW(t, "VW_TOKEN=secret")
+	certs := newCerts(t)
+	proxy := startNginxWith(t, "ssl", fmt.Sprintf(`ssl_certificate %s;
+		ssl_certificate_key %s;
+		location / {
+			proxy_pass http://%s;
+			proxy_http_version 1.1;
+			proxy_set_header X-Forwarded-For $remote_addr;
+			proxy_request_buffering off;
+			proxy_buffering off;
+			client_max_body_size 0;
+			lingering_close off;
+		}`, certs.cert, certs.key, v.addr))
+	trust := []string{"-tls_verify", "1", "-ca_file", certs.ca}
+
+	for i, args := range [][]string{
+		slices.Concat(trust, []string{"-auth_type", "basic", "https://any:secret@" + proxy + "/ts/video0"}),
+		slices.Concat(trust, []string{"-headers", "Authorization: Bearer secret\r\n", "https://" + proxy + "/ts/video0"}),
+	} {
+		seen := v.out.len()
+		f := startFFmpeg(t, realTime, videoInput, threeSecs, videoCodec, args)
+		f.endsItself(t, 2*startupTime)
+		v.expect(t, seen, startupTime, `msg="publisher left" feed=video0 .* err=<nil>`)
+		if n := strings.Count(v.out.String(), `"publisher arrived"`); n != i+1 {
+			t.Errorf("got %d publishers, want %d", n, i+1)
+		}
+	}
+	for _, user := range []string{"", "any:wrong@"} {
+		f := startFFmpeg(t, realTime, videoInput, eightSecs, videoCodec, trust, []string{"https://" + user + proxy + "/ts/video0"})
+		<-f.done
+		if f.err == nil || strings.Count(v.out.String(), `"publisher arrived"`) != 2 {
+			t.Errorf("with %q: ffmpeg ended with %v, want it to be refused", user, f.err)
+		}
+	}
+}

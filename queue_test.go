@@ -1,0 +1,229 @@
+package main
+
+import (
+	"bytes"
+	"crypto/rand"
+	"testing"
+	"time"
+)
+
+// testMessage is one frame of a feed.
+func testMessage(f *feed, at time.Time, key bool, size int) *message {
+	m := newMessage(make([]byte, size), at, chunkInfo{key: key, start: true, hasVideo: true, lead: true})
+	m.feed = f
+	return m
+}
+
+// sum checks I7, and returns the counters.
+func sum(t *testing.T, s *subscriber) counters {
+	t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := s.counters
+	total := c.delivered + uint64(len(s.items))
+	for _, n := range c.dropped {
+		total += n
+	}
+	if c.published != total {
+		t.Errorf("I7: published %d, but delivered, dropped and queued are %d: %+v", c.published, total, c)
+	}
+	bytes := 0
+	for _, it := range s.items {
+		bytes += it.size
+	}
+	if bytes != s.bytes {
+		t.Errorf("queued %d bytes, but counted %d", bytes, s.bytes)
+	}
+	return c
+}
+
+// TestQueueAge holds I5: what is older than the limit goes, up to the next
+// keyframe, in the queue or to come; and the sum of I7.
+func TestQueueAge(t *testing.T) {
+	f := &feed{}
+	at := time.Now()
+	s := newSubscriber(raw, 500*time.Millisecond)
+	keys := 0
+	for i := range 100 { // 4 s at 25/s, a keyframe every 480 ms; nobody takes
+		now := at.Add(time.Duration(i) * 40 * time.Millisecond)
+		s.offer(testMessage(f, now, i%12 == 0, 188))
+		sum(t, s)
+		if len(s.items) == 0 {
+			continue
+		}
+		keys++
+		if head := s.items[0]; !head.info.key || now.Sub(head.at) > 500*time.Millisecond {
+			t.Fatalf("frame %d: the queue begins with one that is %v old, keyframe %v", i, now.Sub(head.at), head.info.key)
+		}
+	}
+	if keys != 100 {
+		t.Errorf("the queue was empty %d times: a keyframe in it should have been kept", 100-keys)
+	}
+	c := sum(t, s)
+	if c.dropped[dropLag] == 0 || c.dropped[dropGate] == 0 {
+		t.Errorf("got %+v, want drops of old ones and of those up to the keyframe", c)
+	}
+}
+
+// TestQueueGate holds I5 on joining: from a keyframe, or after 5 s from any
+// frame; a feed without video at once.
+func TestQueueGate(t *testing.T) {
+	at := time.Now()
+	f := &feed{}
+	s := newSubscriber(raw, time.Hour)
+	s.offer(testMessage(f, at, false, 188))
+	s.offer(testMessage(f, at.Add(5*time.Second), false, 188))
+	if len(s.items) != 0 {
+		t.Error("a frame passed before a keyframe")
+	}
+	s.offer(testMessage(f, at.Add(5001*time.Millisecond), false, 188))
+	if len(s.items) != 1 {
+		t.Error("nothing passed after 5 s without a keyframe")
+	}
+	again := testMessage(f, at.Add(6*time.Second), false, 188)
+	again.first = true
+	s.offer(again)
+	if len(s.items) != 1 {
+		t.Error("the first frame of a new publisher passed, and is no keyframe")
+	}
+	audio := newMessage(make([]byte, 188), at, chunkInfo{start: true, psi: make([]byte, 376)})
+	audio.feed = &feed{}
+	s.offer(audio)
+	if len(s.items) != 3 || s.items[1].size != 376 {
+		t.Errorf("got %d messages, want audio to pass at once, after its PSI", len(s.items))
+	}
+	sum(t, s)
+}
+
+// TestQueueBytes: a burst that is too much is dropped up to a keyframe.
+func TestQueueBytes(t *testing.T) {
+	f := &feed{}
+	at := time.Now()
+	s := newSubscriber(raw, time.Hour)
+	for i := range 40 {
+		s.offer(testMessage(f, at, i%5 == 0, 1<<20))
+		if s.bytes > maxQueue {
+			t.Fatalf("message %d: %d bytes queued, want %d at most", i, s.bytes, maxQueue)
+		}
+	}
+	if len(s.items) == 0 || !s.items[0].info.key {
+		t.Error("the queue does not begin with a keyframe")
+	}
+	if c := sum(t, s); c.dropped[dropBytes] == 0 {
+		t.Errorf("got %+v, want drops", c)
+	}
+}
+
+// TestQueueMute holds I6 where a write is in progress: what it did not begin
+// of the muted feed goes, the rest stays in order, and the word comes after.
+func TestQueueMute(t *testing.T) {
+	for _, written := range []int{0, 1, 1000, 1001, 2500, 3000, 4000} {
+		f, g := &feed{}, &feed{}
+		at := time.Now()
+		s := newSubscriber(raw, time.Hour)
+		interrupted := 0
+		s.interrupt = func() { interrupted++ }
+		for i := range 6 {
+			s.offer(testMessage([]*feed{f, g}[i%2], at, true, 1000))
+		}
+		s.take(nil, 4000, false, time.Now()) // f g f g, and f g stay
+		word := s.mute(g)
+		if interrupted != 1 || word == nil {
+			t.Fatalf("got %d interrupts, word %v, want 1 and one to wait for", interrupted, word)
+		}
+		select {
+		case <-word:
+			t.Error("the word came while the write was in progress")
+		default:
+		}
+		p := s.wrote(written)
+		<-word
+		if p.partial != (written%1000 != 0) {
+			t.Errorf("%d written: partial is %v", written, p.partial)
+		}
+		begun := (written + 999) / 1000
+		want := []*feed{}
+		for i := written / 1000; i < 6; i++ {
+			if i%2 == 0 || i < begun {
+				want = append(want, []*feed{f, g}[i%2])
+			}
+		}
+		if len(s.items) != len(want) {
+			t.Errorf("%d written: %d messages are left, want %d", written, len(s.items), len(want))
+		}
+		for i := range min(len(s.items), len(want)) {
+			if s.items[i].feed != want[i] {
+				t.Errorf("%d written: message %d is of the other feed", written, i)
+			}
+		}
+		sum(t, s)
+		if s.mute(g) != nil {
+			t.Errorf("%d written: there is more to wait for", written)
+		}
+	}
+}
+
+// TestTake: whole messages up to the limit, a long one alone, cut if asked.
+func TestTake(t *testing.T) {
+	tests := []struct {
+		name  string
+		sizes []int
+		cut   bool
+		want  []int
+	}{
+		{"several", []int{300, 300, 300, 300}, false, []int{300, 300, 300}},
+		{"exactly", []int{500, 500, 1}, false, []int{500, 500}},
+		{"a long one", []int{3000, 1}, false, []int{3000}},
+		{"a long one cut", []int{3000, 1}, true, []int{1000}},
+		{"a long one waits", []int{300, 3000}, true, []int{300}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newSubscriber(raw, time.Hour)
+			for _, n := range tt.sizes {
+				s.offer(testMessage(&feed{}, time.Now(), true, n))
+			}
+			var got []int
+			for _, b := range s.take(nil, 1000, tt.cut, time.Now()) {
+				got = append(got, len(b))
+			}
+			if len(got) != len(tt.want) {
+				t.Fatalf("got %v, want %v", got, tt.want)
+			}
+			for i := range got {
+				if got[i] != tt.want[i] {
+					t.Errorf("got %v, want %v", got, tt.want)
+				}
+			}
+		})
+	}
+}
+
+// TestForms: the masked form unmasks to the same payload, for every way of
+// saying the length. RFC 6455 5.2, 5.3.
+func TestForms(t *testing.T) {
+	for _, n := range []int{0, 1, 7, 8, 125, 126, 1000, 65535, 65536, 200000} {
+		payload := make([]byte, n)
+		rand.Read(payload)
+		m := newMessage(payload, time.Now(), chunkInfo{})
+		for _, f := range []form{raw, bare, masked} {
+			b := m.wire(f)
+			if len(b) != m.wireSize(f) {
+				t.Errorf("%d bytes: form %d has %d, wireSize says %d", n, f, len(b), m.wireSize(f))
+			}
+			if f == masked {
+				key := b[len(b)-n-4 : len(b)-n]
+				b = bytes.Clone(b)
+				for i := range n {
+					b[len(b)-n+i] ^= key[i%4]
+				}
+				if b[0] != 0x82 || b[1]&0x80 == 0 {
+					t.Errorf("%d bytes: header % x", n, b[:2])
+				}
+			}
+			if !bytes.Equal(b[len(b)-n:], payload) {
+				t.Errorf("%d bytes: form %d has another payload", n, f)
+			}
+		}
+	}
+}
