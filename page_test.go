@@ -45,7 +45,7 @@ func TestPageFiles(t *testing.T) {
 		size += w.Body.Len()
 		for name, want := range map[string]string{
 			"Content-Security-Policy": "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' " + defaultPlayer +
-				"; style-src 'self'; img-src 'self'; connect-src 'self' ws://localhost:8888 wss://localhost:8888; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+				"; style-src 'self' " + playerStyles + "; img-src 'self'; connect-src 'self' ws://localhost:8888 wss://localhost:8888; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
 			"X-Content-Type-Options": "nosniff",
 			"Referrer-Policy":        "no-referrer",
 		} {
@@ -522,13 +522,70 @@ func TestPage(t *testing.T) {
 		t.Errorf("deleted: got %s, want none", got)
 	}
 	// What a rule was refused with, what Chromium thinks of WebGL without a GPU,
-	// the style sheet that JSMpeg adds for something that is not used here, and
-	// taps that come before a preview is connected.
-	known := regexp.MustCompile(`status of 400|"source":"rendering"|"Applying inline style .*/player.js|closed before the connection is established`)
+	// and taps that come before a preview is connected.
+	known := regexp.MustCompile(`status of 400|"source":"rendering"|closed before the connection is established`)
 	for _, line := range b.console {
 		if !known.MatchString(line) {
 			t.Errorf("console: %s", line)
 		}
+	}
+}
+
+// TestPageDestinations: how a destination is, in words and in colour: green is
+// only what sends something, and what helps stands before what Go says.
+func TestPageDestinations(t *testing.T) {
+	t.Parallel()
+	v := startVW(t)
+	b := pageBrowser{startBrowser(t)}
+	b.open(t, v.url+"/")
+	b.until(t, "live", "document.getElementById('link').textContent")
+	b.js(t, "source.close(), clearTimeout(overdue)") // what follows is ours
+	b.js(t, `window.colour = (e, name) => {
+		const probe = document.body.appendChild(document.createElement('i'));
+		probe.style.color = 'var(--' + name + ')';
+		const same = getComputedStyle(e).color === getComputedStyle(probe).color;
+		probe.remove();
+		return same;
+	}`)
+	const all = `{version: 'v', uptime: 1, feeds: {
+		video0: {state: 'live', publisher: {remote: 'r', agent: '', since: 0}, tracks: []},
+		video1: {state: 'absent', publisher: null, tracks: []}},
+	streams: {
+		'stream/a': {feeds: ['video0'], present: ['video0'], muted: []},
+		'stream/absent': {feeds: ['video1'], present: [], muted: []},
+		'stream/empty': {feeds: [], present: [], muted: []},
+		'stream/muted': {feeds: [], present: [], muted: ['video0']}},
+	destinations: {x: {id: 'x', destination: 'ws://relay', since: 0, bytes: 0, %s}}}`
+	for _, tt := range []struct{ name, destination, state, colour, reason, raw string }{
+		{"a stream", "stream: 'stream/a', state: 'open'", "open", "good", "", ""},
+		{"a feed", "stream: 'video0', state: 'open'", "open", "good", "", ""},
+		{"no such stream", "stream: 'stream/b', state: 'open'", "no such stream", "warn", "", ""},
+		{"no such feed", "stream: 'video9', state: 'open'", "open, not published", "warn", "", ""},
+		{"a feed that left", "stream: 'video1', state: 'open'", "open, not published", "warn", "", ""},
+		{"a stream whose feeds left", "stream: 'stream/absent', state: 'open'", "open, not published", "warn", "", ""},
+		{"a stream without feeds", "stream: 'stream/empty', state: 'open'", "open, no feeds", "warn", "", ""},
+		{"a muted stream", "stream: 'stream/muted', state: 'open'", "open, all muted", "warn", "", ""},
+		{"the control link", "id: 'apiRule', stream: 'api', state: 'open'", "open", "good", "", ""},
+		{"an error", "stream: 'video0', state: 'waiting', error: 'dial: no'", "waiting", "bad", "dial: no", ""},
+		{"advice", "stream: 'video0', state: 'waiting', error: 'dial: no', advice: 'Nothing listens.'", "waiting", "bad", "Nothing listens.", "dial: no"},
+		{"advice of the past", "stream: 'video0', state: 'open', error: 'dial: no', advice: 'Nothing listens.'", "open", "good", "", "Last error: dial: no"},
+	} {
+		b.js(t, "show("+fmt.Sprintf(all, tt.destination)+")")
+		x := row("destinations", "x")
+		for what, want := range map[string]string{
+			part(x, "state") + ".textContent":                       tt.state,
+			part(x, "reason") + ".textContent":                      tt.reason,
+			part(x, "raw") + ".textContent":                         tt.raw,
+			"colour(" + part(x, "state") + ", '" + tt.colour + "')": "true",
+		} {
+			if got := b.js(t, what); got != want {
+				t.Errorf("%s: %s: got %q, want %q", tt.name, what, got, want)
+			}
+		}
+	}
+	b.look(t, "advice")
+	if got, want := b.js(t, "[...document.querySelectorAll('#feeds .watch')].map((e) => e.ariaLabel).join()"), "Preview video0,Preview video1"; got != want {
+		t.Errorf("the buttons are named %s, want %s", got, want)
 	}
 }
 

@@ -106,6 +106,12 @@ function fill(row, texts) {
   for (const name in texts) text(row.querySelector('.' + name), texts[name]);
 }
 
+// label makes the name of a row's button differ from that of the others.
+function label(row, button, name) {
+  const b = row.querySelector('.' + button);
+  b.setAttribute('aria-label', `${b.textContent} ${name}`);
+}
+
 // rows keeps one row of a list for each entry, in their order. A row stays the
 // same element, so that a tap or the focus is not lost; make is called once.
 function rows(list, template, entries, make, update) {
@@ -145,6 +151,7 @@ function show(s) {
 }
 
 function makeWatch(row, name) {
+  label(row, 'watch', name);
   row.querySelector('.watch').onclick = () => watch(name, false);
 }
 
@@ -168,7 +175,7 @@ function showFeed(row, f, name) {
 
 function makeStream(row, name) {
   makeWatch(row, name);
-  deletes(row, 'api/streams/' + name);
+  deletes(row, name, 'api/streams/' + name);
 }
 
 function showStream(row, st, name) {
@@ -209,14 +216,25 @@ function toggle(name, feed) {
 }
 
 function makeDestination(row, id) {
-  deletes(row, 'api/destinations/' + id);
+  deletes(row, `destination ${id}`, 'api/destinations/' + id);
+}
+
+// idle is why an open destination sends nothing; '' if it does.
+function idle(d) {
+  const st = stats.streams[d.stream];
+  if (d.id === 'apiRule') return ''; // the control link
+  if (d.stream.startsWith('stream/') && !st) return 'no such stream';
+  if (st && !st.feeds.length) return st.muted.length ? 'open, all muted' : 'open, no feeds';
+  if (st ? !st.present.length : !stats.feeds[d.stream]?.publisher) return 'open, not published';
+  return '';
 }
 
 function showDestination(row, d, id) {
-  row.dataset.state = d.state;
+  const why = d.state === 'open' && idle(d);
+  row.dataset.state = why ? 'idle' : d.state;
   const dropped = Object.values(d.dropped ?? {}).reduce((a, b) => a + b, 0);
   fill(row, {
-    name: id, state: d.state, rate: d.state === 'open' ? destinationRate(id, d.bytes) : '',
+    name: id, state: why || d.state, rate: d.state === 'open' ? destinationRate(id, d.bytes) : '',
     route: `${d.stream} → ${d.destination}`,
     detail: [
       `${d.state} since ${clock(d.since)}`,
@@ -226,8 +244,11 @@ function showDestination(row, d, id) {
       d.state === 'open' && d.roundTrip > 0 && `round trip ${ms(d.roundTrip)}`,
       d.reconnects > 0 && `${d.reconnects} reconnects`,
     ].filter(Boolean).join(' · '),
-    reason: (d.error ? (d.state === 'open' ? `Last error: ${d.error}` : d.error) : '')
-      + (d.retryAt ? ` (tries again at ${clock(d.retryAt)})` : ''),
+    reason: d.state === 'open' ? '' : d.advice ?? d.error ?? '',
+    raw: [
+      d.error && (d.advice || d.state === 'open') && `${d.state === 'open' ? 'Last error: ' : ''}${d.error}`,
+      d.retryAt && `Next attempt at ${clock(d.retryAt)}`,
+    ].filter(Boolean).join(' · '),
   });
 }
 
@@ -243,13 +264,15 @@ function destinationRate(id, bytes) {
   return now.rate;
 }
 
-// deletes makes the button of a row delete, at the second tap.
-function deletes(row, path) {
+// deletes makes the button of a row delete what, at the second tap.
+function deletes(row, what, path) {
   const button = row.querySelector('.delete');
   const sure = (is) => {
     button.classList.toggle('sure', is);
     text(button, is ? 'Really delete?' : 'Delete');
+    label(row, 'delete', what);
   };
+  sure(false);
   button.onblur = () => sure(false);
   button.onclick = () => {
     if (!button.classList.contains('sure')) {
@@ -373,7 +396,7 @@ class Media {
   }
 }
 
-// loadPlayer gets JSMpeg, once.
+// loadPlayer loads JSMpeg, once.
 function loadPlayer() {
   return loadPlayer.done ??= new Promise((resolve, reject) => {
     const { player, integrity } = document.body.dataset;
@@ -381,7 +404,7 @@ function loadPlayer() {
     const fail = () => {
       loadPlayer.done = undefined;
       script.remove();
-      reject(new Error(`The player, JSMpeg, can't be got from ${new URL(player, http)}. Its file is dist/jsmpeg-player.umd.min.js of the npm package @cycjimmy/jsmpeg-player: put it beside vw, and start vw with VW_PLAYER=jsmpeg-player.umd.min.js.`));
+      reject(new Error(`The player JSMpeg cannot be loaded from ${new URL(player, http)}. Without internet access: put the file dist/jsmpeg-player.umd.min.js of the npm package @cycjimmy/jsmpeg-player beside vw, and start vw with VW_PLAYER=jsmpeg-player.umd.min.js.`));
     };
     if (integrity) {
       script.integrity = integrity;
@@ -405,7 +428,7 @@ const isVideo = /^(mpeg[124]video|h26|hevc|vp\d|av1|vc1|mjpeg|jpeg2000|cavs|dira
 // unplayable is why JSMpeg can't show a feed or stream; "" if it can.
 function unplayable(name) {
   const video = codecs(name).find((c) => isVideo.test(c) && c !== 'mpeg1video');
-  return video ? `This is ${video}; in a browser only mpeg1video can be watched (ffmpeg: -codec:v mpeg1video -bf 0).` : '';
+  return video ? `This is ${video}; the preview plays only mpeg1video (ffmpeg: -codec:v mpeg1video -bf 0).` : '';
 }
 
 async function watch(name, sound) {
@@ -459,12 +482,12 @@ function note() {
   const odd = all.find((c) => !isVideo.test(c) && c !== 'mp2');
   $('preview').querySelector('.sound').hidden = !mp2 || !!w.why;
   text($('preview').querySelector('.note'), w.why || [
-    !all.length && 'Nobody publishes this now.',
+    !all.length && 'Not published now.',
     all.length && !w.pictures && all.some((c) => isVideo.test(c)) && 'Waiting for a keyframe.',
     w.rates?.pictures > 0 && `${w.rates.pictures} pictures/s`,
     w.sound && `${w.rates?.sounds ?? 0} frames of sound/s`,
     mp2 && !w.sound && 'Sound is off.',
-    odd && `Of the sound only mp2 can be heard; this is ${odd}.`,
+    odd && `The preview plays only mp2 sound; this is ${odd}.`,
   ].filter(Boolean).join(' · '));
 }
 
