@@ -158,22 +158,8 @@ func queryRates(fd int, pixelFormat, width, height uint32) (all []float64, any b
 	return all, any && len(all) == 2
 }
 
-func ioctl(fd int, request uintptr, arg unsafe.Pointer) error {
-	if _, _, e := syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), request, uintptr(arg)); e != 0 {
-		return e
-	}
-	return nil
-}
-
 // cString is what b holds up to a zero, as far as it can be printed.
 func cString(b []byte) string {
 	b, _, _ = bytes.Cut(b, []byte{0})
 	return printable(string(b))
-}
-
-// mayOpen tells what keeps this user from reading and writing path, which it
-// does not open.
-func mayOpen(path string) error {
-	const readWrite = 4 | 2 // unistd.h
-	return syscall.Access(path, readWrite)
 }

@@ -1,7 +1,11 @@
+// What only Linux has: socket options, file identity, ioctl.
+
 package main
 
 import (
+	"fmt"
 	"net"
+	"os"
 	"syscall"
 	"unsafe"
 )
@@ -41,4 +45,31 @@ func queued(conn *net.TCPConn, what uintptr) int {
 		ioctl(int(fd), what, unsafe.Pointer(&n))
 	})
 	return int(n)
+}
+
+// fileID returns device and inode of f as JOURNAL_STREAM has them, or "".
+func fileID(f *os.File) string {
+	info, err := f.Stat()
+	if err != nil {
+		return ""
+	}
+	s, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return ""
+	}
+	return fmt.Sprintf("%d:%d", s.Dev, s.Ino)
+}
+
+func ioctl(fd int, request uintptr, arg unsafe.Pointer) error {
+	if _, _, e := syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), request, uintptr(arg)); e != 0 {
+		return e
+	}
+	return nil
+}
+
+// mayOpen tells what keeps this user from reading and writing path, which it
+// does not open.
+func mayOpen(path string) error {
+	const readWrite = 4 | 2 // unistd.h
+	return syscall.Access(path, readWrite)
 }

@@ -1,9 +1,12 @@
 //go:build !linux
 
+// What other systems have in place of os_linux.go.
+
 package main
 
 import (
 	"net"
+	"os"
 	"syscall"
 )
 
@@ -14,3 +17,12 @@ func limitUnsent(_, _ string, _ syscall.RawConn) error { return nil }
 func unsent(*net.TCPConn) int { return 0 }
 
 func unacked(*net.TCPConn) int { return 0 }
+
+// fileID is not known where there is no journal.
+func fileID(*os.File) string { return "" }
+
+// queryCamera and mayOpen are not reached here: listDevices ends before.
+
+func queryCamera(string) (string, []format, error) { return "", nil, errNotLinux }
+
+func mayOpen(string) error { return errNotLinux }
