@@ -331,16 +331,6 @@ func (d *destination) stats(now time.Time) *destinationStats {
 	return s
 }
 
-// age is how long the oldest message has been queued.
-func (s *subscriber) age(now time.Time) time.Duration {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.items) == 0 {
-		return 0
-	}
-	return max(0, now.Sub(s.items[0].at))
-}
-
 // stats looks at everything, one thing after the other.
 func (s *server) stats() stats {
 	now := time.Now()

@@ -1,0 +1,492 @@
+// A chunk as one immutable message, and the queue of messages before one reader:
+// its gate, its bounds and its counters (I5, I7).
+//
+// Publishers offer messages, rule changes mute and drain, and the reader's one
+// goroutine takes what is queued. Nothing here blocks or does I/O (I2).
+
+package main
+
+import (
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// form is how a message looks on the wire.
+type form int
+
+const (
+	raw    form = iota // packets alone, for GET /ts
+	bare               // an unmasked frame, from server to client. RFC 6455 5.1
+	masked             // a masked frame, from client to server
+)
+
+// message is a chunk of one feed, or PSI of a stream, as one binary websocket
+// message. Immutable but for the masked form, which is made once when it is
+// first asked for; every method may be called from several goroutines. Its
+// memory is used again once everybody who holds it has released it.
+type message struct {
+	feed  *feed     // nil: PSI of a stream
+	at    time.Time // when its last byte arrived
+	first bool      // the first of its publisher
+	info  chunkInfo
+
+	frame []byte // header and payload of the bare form
+	size  int    // bytes of payload
+
+	once   sync.Once
+	masked []byte
+
+	holders atomic.Int32
+}
+
+// spare holds messages to use again: their memory is in the cache, and the
+// collector has little to do.
+var spare = sync.Pool{New: func() any { return new(message) }}
+
+const (
+	maxSpare  = 256 << 10 // bytes of payload in a message worth keeping
+	maxHeader = 14        // bytes. RFC 6455 5.2
+)
+
+// release ends one hold of m. One that is never released is left to the
+// collector.
+func (m *message) release() {
+	if m.holders.Add(-1) == 0 && m.size <= maxSpare {
+		spare.Put(m)
+	}
+}
+
+func (m *message) payload() []byte { return m.frame[len(m.frame)-m.size:] }
+
+// wire returns the bytes that a reader of form f gets.
+func (m *message) wire(f form) []byte {
+	switch f {
+	case raw:
+		return m.payload()
+	case bare:
+		return m.frame
+	}
+	m.once.Do(func() {
+		m.masked = appendFrame(slices.Grow(m.masked, maxHeader+m.size), opBinary, m.payload(), true)
+	})
+	return m.masked
+}
+
+// wireSize is len(wire(f)), without making it.
+func (m *message) wireSize(f form) int {
+	switch f {
+	case raw:
+		return m.size
+	case bare:
+		return len(m.frame)
+	}
+	return len(m.frame) + 4
+}
+
+// preface is what a reader needs before the message that opens a gate: the
+// PSI of a feed; in a stream, when it is opened again, that the continuity
+// counters do not go on from where they were. nil: nothing.
+func (m *message) preface(again bool) *message {
+	var p *message
+	switch {
+	case again && len(m.info.marks) > 0:
+		p = newMessage(appendMarks(nil, m.info.marks), m.at, chunkInfo{})
+	case !m.info.lead && len(m.info.psi) > 0:
+		p = newMessage(m.info.psi, m.at, chunkInfo{})
+	default:
+		return nil
+	}
+	p.feed = m.feed
+	return p
+}
+
+// newMessage copies payload. The caller holds the message.
+func newMessage(payload []byte, at time.Time, info chunkInfo) *message {
+	m := spare.Get().(*message)
+	var header [maxHeader]byte
+	b := append(append(m.frame[:0], appendHeader(header[:0], opBinary, len(payload), nil)...), payload...)
+	*m = message{at: at, info: info, frame: b, size: len(payload), masked: m.masked[:0]}
+	m.holders.Store(1)
+	return m
+}
+
+// cause is why a message was dropped.
+type cause int
+
+const (
+	kept      cause = iota
+	dropGate        // waiting for a keyframe
+	dropLag         // older than VW_MAXLAG
+	dropBytes       // more than maxQueue behind
+	dropMuted       // its feed was taken out of the stream
+	dropEnd         // still queued when its reader ended
+	causes
+)
+
+// counters hold I7: published = delivered + dropped + queued, in messages.
+// Their zero value is ready; they are guarded by whoever holds them.
+type counters struct {
+	published, delivered uint64
+	bytes, frames        uint64 // in what was delivered
+	dropped              [causes]uint64
+}
+
+func (c *counters) add(d counters) {
+	c.published += d.published
+	c.delivered += d.delivered
+	c.bytes += d.bytes
+	c.frames += d.frames
+	for i := range d.dropped {
+		c.dropped[i] += d.dropped[i]
+	}
+}
+
+const (
+	maxQueue   = 16 << 20 // bytes queued for one reader
+	noKeyframe = 5 * time.Second
+)
+
+// item is a message in a queue. dead is set while a write that holds it is
+// in progress: it goes if the write did not begin it.
+type item struct {
+	*message
+	dead bool
+}
+
+// gate tells whether messages of one feed pass to one reader (I5).
+type gate struct {
+	open  bool
+	since time.Time // when it closed
+}
+
+// opens tells whether m may be the first of its feed after a gap.
+func (g *gate) opens(m *message) bool {
+	return m.info.key || m.info.anew || m.info.start && (!m.info.hasVideo || m.at.Sub(g.since) > noKeyframe)
+}
+
+// subscriber is the queue between a feed or stream and one reader, bounded in
+// age and bytes (I5). Publishers call offer, rule changes mute and drain, and
+// the reader's one goroutine the rest. It has no end of its own: the reader
+// leaves the mux, then calls end.
+type subscriber struct {
+	form      form
+	maxAge    time.Duration
+	interrupt func()        // makes the write in progress return; nil: nothing does
+	live      func()        // called, under mu, when a viewer could begin to watch; nil: nobody asks
+	ready     chan struct{} // holds a token when there is something to take
+
+	mu       sync.Mutex
+	items    []item
+	bytes    int // payload in items
+	begun    int // bytes of items[0] that are written
+	inFlight int // how many of items the write in progress holds
+	gates    map[*feed]*gate
+	awaits   map[*feed]bool  // feeds of the stream that a viewer cannot watch yet
+	waiting  []chan struct{} // closed when the write in progress is over
+	stopped  bool            // mute interrupted the write in progress
+	draining bool            // takes nothing new
+	lagged   uint64          // dropped since the reader last kept up
+	counters counters
+}
+
+func newSubscriber(f form, maxAge time.Duration) *subscriber {
+	return &subscriber{form: f, maxAge: maxAge, ready: make(chan struct{}, 1), gates: make(map[*feed]*gate), awaits: make(map[*feed]bool)}
+}
+
+// offer queues m, or drops it and counts why. It does not block (I2).
+func (s *subscriber) offer(m *message) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.draining {
+		return
+	}
+	s.counters.published++
+	if !s.passes(m) {
+		s.counters.dropped[dropGate]++
+		return
+	}
+	s.push(m)
+	s.trim(m.at)
+	s.wake()
+}
+
+// passes works the gate of m's feed.
+func (s *subscriber) passes(m *message) bool {
+	g, again := s.gates[m.feed], true
+	if g == nil {
+		g, again = &gate{since: m.at}, false
+		s.gates[m.feed] = g
+	}
+	if m.first && g.open {
+		*g = gate{since: m.at}
+	}
+	if !g.open && g.opens(m) {
+		g.open = true
+		if p := m.preface(again); p != nil {
+			s.counters.published++
+			s.push(p)
+			p.release()
+		}
+	}
+	return g.open
+}
+
+// push queues m, and holds it until it is delivered or dropped.
+func (s *subscriber) push(m *message) {
+	m.holders.Add(1)
+	s.items = append(s.items, item{message: m})
+	s.bytes += m.size
+}
+
+func (s *subscriber) wake() {
+	select {
+	case s.ready <- struct{}{}:
+	default:
+	}
+}
+
+// free is the index of the first item that may be dropped: those in the hands
+// of a write, and one that is begun, may not.
+func (s *subscriber) free() int {
+	if s.inFlight == 0 && s.begun > 0 {
+		return 1
+	}
+	return s.inFlight
+}
+
+// remove takes out each item from index lo on for which why says so.
+func (s *subscriber) remove(lo int, why func(item) cause) {
+	rest := s.items[:lo]
+	for _, it := range s.items[lo:] {
+		if c := why(it); c == kept {
+			rest = append(rest, it)
+		} else {
+			s.counters.dropped[c]++
+			s.bytes -= it.size
+			it.release()
+		}
+	}
+	clear(s.items[len(rest):])
+	s.items = rest
+}
+
+// trim drops what is too old or too much, and what a decoder can't use
+// without it: up to the feed's next keyframe, in the queue or yet to come.
+func (s *subscriber) trim(now time.Time) {
+	lo := s.free()
+	if lo == len(s.items) || now.Sub(s.items[lo].at) <= s.maxAge && s.bytes <= maxQueue {
+		return
+	}
+	most := maxQueue
+	if s.bytes > maxQueue {
+		most = maxQueue / 2
+	}
+	cut := make(map[*feed]*gate) // feeds that lost a message, until a later one opens them again
+	rest := s.items[:lo]
+	for _, it := range s.items[lo:] {
+		why, g := kept, cut[it.feed]
+		switch {
+		case now.Sub(it.at) > s.maxAge:
+			why = dropLag
+		case s.bytes > most:
+			why = dropBytes
+		case g != nil && !g.opens(it.message):
+			why = dropGate
+		}
+		if why == kept {
+			if g != nil {
+				delete(cut, it.feed)
+				if p := it.preface(true); p != nil { // in the place of one that was dropped
+					s.counters.published++
+					s.bytes += p.size
+					rest = append(rest, item{message: p})
+				}
+			}
+			rest = append(rest, it)
+			continue
+		}
+		s.counters.dropped[why]++
+		s.bytes -= it.size
+		s.lagged++
+		if g == nil {
+			cut[it.feed] = &gate{since: it.at}
+		}
+		it.release()
+	}
+	clear(s.items[len(rest):])
+	s.items = rest
+	for f, g := range cut {
+		if s.gates[f] != nil { // not muted in the meantime
+			s.gates[f] = g
+		}
+	}
+}
+
+// take appends to b what to write next, and keeps it in flight until wrote:
+// whole messages of at most limit bytes together. When the first alone is
+// longer it is that one, cut at limit if cut is set.
+func (s *subscriber) take(b [][]byte, limit int, cut bool, now time.Time) [][]byte {
+	s.mu.Lock()
+	s.trim(now)
+	begun, room := s.begun, limit+s.begun
+	for _, it := range s.items {
+		if room -= it.wireSize(s.form); room < 0 && s.inFlight > 0 {
+			break
+		}
+		s.inFlight++
+	}
+	// The items in flight stay as they are, but for dead, until wrote.
+	batch := s.items[:s.inFlight]
+	s.mu.Unlock()
+	for i := range batch {
+		b = append(b, batch[i].message.wire(s.form)[begun:])
+		begun = 0
+	}
+	if cut && len(b) > 0 && len(b[0]) > limit {
+		b[0] = b[0][:limit]
+	}
+	return b
+}
+
+// wrote ends the write of what take gave, n bytes of which were written.
+func (s *subscriber) wrote(n int) progress {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n += s.begun
+	done := 0
+	for _, it := range s.items[:s.inFlight] {
+		size := it.wireSize(s.form)
+		if n < size {
+			break
+		}
+		n -= size
+		done++
+		s.bytes -= it.size
+		s.counters.delivered++
+		s.counters.bytes += uint64(it.size)
+		s.counters.frames += uint64(it.info.frames)
+		if s.live != nil && it.feed != nil && (it.info.key || it.info.start && !it.info.hasVideo) {
+			if delete(s.awaits, it.feed); len(s.awaits) == 0 {
+				s.live()
+			}
+		}
+		it.release()
+	}
+	s.begun, s.inFlight = n, 0
+	s.items = slices.Delete(s.items, 0, done)
+	if s.waiting != nil {
+		s.remove(s.free(), func(it item) cause {
+			if it.dead {
+				return dropMuted
+			}
+			return kept
+		})
+		s.giveWord()
+	}
+	p := progress{stopped: s.stopped, partial: s.begun > 0}
+	s.stopped = false
+	if len(s.items) == 0 {
+		p.lagged, s.lagged = s.lagged, 0
+	}
+	if len(s.items) > 0 || s.draining {
+		s.wake()
+	}
+	return p
+}
+
+// mute drops what is queued of a feed, and interrupts the write in progress
+// if that holds some. When the channel it returns is closed, or at once when
+// that is nil, no message of the feed will be begun (I6). The caller holds
+// what keeps new ones from being offered.
+func (s *subscriber) mute(f *feed) <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.gates, f)
+	delete(s.awaits, f)
+	s.remove(s.free(), func(it item) cause {
+		if it.feed == f {
+			return dropMuted
+		}
+		return kept
+	})
+	held := false
+	for i := range s.items[:s.inFlight] {
+		if s.items[i].feed == f {
+			s.items[i].dead, held = true, true
+		}
+	}
+	if !held {
+		return nil
+	}
+	word := make(chan struct{})
+	s.waiting = append(s.waiting, word)
+	if s.interrupt != nil {
+		s.stopped = true
+		s.interrupt()
+	}
+	return word
+}
+
+// giveWord tells those who wait that no write is in progress.
+func (s *subscriber) giveWord() {
+	for _, w := range s.waiting {
+		close(w)
+	}
+	s.waiting = nil
+}
+
+// drain lets nothing new in; ready tells when the rest may be taken.
+func (s *subscriber) drain() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.draining = true
+	s.wake()
+}
+
+// drained tells whether drain was called and all that was queued is written.
+func (s *subscriber) drained() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.draining && len(s.items) == 0
+}
+
+// rest appends what is to be written yet of a message that is begun. The
+// write must have ended, and there is none after it.
+func (s *subscriber) rest(b [][]byte) [][]byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.begun > 0 {
+		b = append(b, s.items[0].message.wire(s.form)[s.begun:])
+	}
+	return b
+}
+
+// end drops what is left and returns the final counters. No write may be in
+// progress, and the mux must have let go of s.
+func (s *subscriber) end() counters {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.inFlight, s.begun = 0, 0
+	s.remove(0, func(item) cause { return dropEnd })
+	s.giveWord()
+	return s.counters
+}
+
+// age is how long the oldest message has been queued.
+func (s *subscriber) age(now time.Time) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.items) == 0 {
+		return 0
+	}
+	return max(0, now.Sub(s.items[0].at))
+}
+
+// progress is what wrote has to say.
+type progress struct {
+	stopped bool   // mute interrupted the write
+	partial bool   // a message is begun and not whole
+	lagged  uint64 // messages dropped behind a reader that has now caught up
+}
