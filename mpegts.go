@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"time"
 )
 
 const (
@@ -364,3 +365,141 @@ func crc32MPEG(b []byte) uint32 {
 	}
 	return c
 }
+
+// ticks counts 1/90000 s, unwrapped. On the wire it has 33 bits.
+type ticks int64
+
+const (
+	second ticks = 90000
+	wrap   ticks = 1 << 33
+)
+
+// signed33 is a difference of two 33-bit timestamps, nearest to zero.
+func signed33(d ticks) ticks { return (d+wrap/2)&(wrap-1) - wrap/2 }
+
+// toTicks is a duration on vw's clock.
+func toTicks(d time.Duration) ticks { return ticks(d) * 9 / 100_000 }
+
+// timestamps returns the 5 bytes of the PTS and of the DTS of a PES header;
+// nil for what it does not have. ISO 13818-1 2.4.3.6.
+func timestamps(pes []byte) (pts, dts []byte) {
+	id, _, ok := pesStart(pes)
+	if !ok || len(pes) < 14 || pes[6]&0xc0 != 0x80 {
+		return nil, nil
+	}
+	switch id {
+	case 0xbc, 0xbe, 0xbf, 0xf0, 0xf1, 0xf2, 0xf8, 0xff:
+		return nil, nil // these have no such header
+	}
+	if pes[7]&0x80 != 0 {
+		pts = pes[9:14]
+	}
+	if pes[7]&0xc0 == 0xc0 && len(pes) >= 19 {
+		dts = pes[14:19]
+	}
+	return pts, dts
+}
+
+// readTime reads a PTS or DTS of 5 bytes.
+func readTime(b []byte) ticks {
+	return ticks(b[0]>>1&7)<<30 | ticks(binary.BigEndian.Uint16(b[1:])>>1)<<15 | ticks(binary.BigEndian.Uint16(b[3:])>>1)
+}
+
+// writeTime writes a PTS or DTS; the four bits before it are kept.
+func writeTime(b []byte, t ticks) {
+	b[0] = b[0]&0xf0 | byte(t>>29)&0x0e | 1
+	binary.BigEndian.PutUint16(b[1:], uint16(t>>15)<<1|1)
+	binary.BigEndian.PutUint16(b[3:], uint16(t)<<1|1)
+}
+
+// mark is where a PID stands: its last continuity counter.
+type mark struct {
+	pid uint16
+	cc  byte
+}
+
+// appendSection appends the packets of a section, whose length, version and
+// CRC are set. ISO 13818-1 2.4.4.
+func appendSection(b []byte, pid uint16, cc *byte, section []byte, version byte) []byte {
+	binary.BigEndian.PutUint16(section[1:], 0xb000|uint16(len(section)+4-3))
+	section[5] = 0xc1 | version<<1
+	section = binary.BigEndian.AppendUint32(section, crc32MPEG(section))
+	rest := append([]byte{0}, section...) // pointer_field
+	for start := byte(0x40); len(rest) > 0; start = 0 {
+		*cc = (*cc + 1) & 15
+		b = append(b, syncByte, start|byte(pid>>8), byte(pid), 0x10|*cc)
+		n := min(len(rest), packetSize-4)
+		b = append(b, rest[:n]...)
+		rest = rest[n:]
+		for ; n < packetSize-4; n++ {
+			b = append(b, 0xff)
+		}
+	}
+	return b
+}
+
+// appendAdaptation appends a packet that has an adaptation field only.
+// ISO 13818-1 2.4.3.4.
+func appendAdaptation(b []byte, pid uint16, cc byte, field ...byte) []byte {
+	b = append(b, syncByte, byte(pid>>8), byte(pid), 0x20|cc, packetSize-5)
+	b = append(b, field...)
+	for n := len(field); n < packetSize-5; n++ {
+		b = append(b, 0xff)
+	}
+	return b
+}
+
+// appendPCR appends a packet with a PCR. ISO 13818-1 2.4.3.5.
+func appendPCR(b []byte, t ticks) []byte {
+	base := uint64(t & (wrap - 1))
+	return appendAdaptation(b, outPCR, 0,
+		0x10, byte(base>>25), byte(base>>17), byte(base>>9), byte(base>>1), byte(base<<7)|0x7e, 0)
+}
+
+// appendMarks appends what tells a reader that the counters of PIDs, which
+// go on after marks, do not go on from where it was.
+func appendMarks(b []byte, marks []mark) []byte {
+	for _, m := range marks {
+		b = appendAdaptation(b, m.pid, m.cc, 0x80) // discontinuity_indicator
+	}
+	return b
+}
+
+// clearPCR takes PCR and OPCR out of the adaptation field.
+func clearPCR(p packet) {
+	a := p.adaptation()
+	if len(a) == 0 || a[0]&0x18 == 0 {
+		return
+	}
+	n := 0
+	for _, flag := range []byte{0x10, 0x08} {
+		if a[0]&flag != 0 {
+			n += 6
+		}
+	}
+	a[0] &^= 0x18
+	if n = min(n, len(a)-1); n > 0 && a[0]&0x06 == 0 { // private data, since stuffing would say that the PES ends here
+		a[0] |= 0x02
+		a[1] = byte(n - 1)
+		for i := range n - 1 {
+			a[2+i] = 0xff
+		}
+	} else if n > 0 {
+		copy(a[1:], a[1+n:])
+		for i := len(a) - n; i < len(a); i++ {
+			a[i] = 0xff
+		}
+	}
+}
+
+// cutHeader tells whether the timestamps of a PES reach beyond its first
+// packet: they could not be moved.
+func cutHeader(pes []byte) bool {
+	_, _, ok := pesStart(pes)
+	if !ok || len(pes) >= 19 {
+		return false
+	}
+	return len(pes) < 9 || pes[7]&0x80 != 0 && len(pes) < 14 || pes[7]&0xc0 == 0xc0
+}
+
+const outPCR = 0x1001

@@ -12,58 +12,17 @@ import (
 	"time"
 )
 
-// ticks counts 1/90000 s, unwrapped. On the wire it has 33 bits.
-type ticks int64
-
 const (
-	second    ticks = 90000
-	wrap      ticks = 1 << 33
-	lead            = second / 5 // by which PTS are ahead of the PCR
-	maxPSIGap       = second / 10
-	psiEvery        = second / 20 // with the next frame's 40 ms this stays under maxPSIGap
+	lead      = second / 5 // by which PTS are ahead of the PCR
+	maxPSIGap = second / 10
+	psiEvery  = second / 20 // with the next frame's 40 ms this stays under maxPSIGap
 )
 
 const (
 	outPMT   = 0x1000 // PIDs of what is ours
-	outPCR   = 0x1001
 	firstPID = 0x0100 // of what had to be moved
 	lastPID  = 0x1ffe
 )
-
-// signed33 is a difference of two 33-bit timestamps, nearest to zero.
-func signed33(d ticks) ticks { return (d+wrap/2)&(wrap-1) - wrap/2 }
-
-// timestamps returns the 5 bytes of the PTS and of the DTS of a PES header;
-// nil for what it does not have. ISO 13818-1 2.4.3.6.
-func timestamps(pes []byte) (pts, dts []byte) {
-	id, _, ok := pesStart(pes)
-	if !ok || len(pes) < 14 || pes[6]&0xc0 != 0x80 {
-		return nil, nil
-	}
-	switch id {
-	case 0xbc, 0xbe, 0xbf, 0xf0, 0xf1, 0xf2, 0xf8, 0xff:
-		return nil, nil // these have no such header
-	}
-	if pes[7]&0x80 != 0 {
-		pts = pes[9:14]
-	}
-	if pes[7]&0xc0 == 0xc0 && len(pes) >= 19 {
-		dts = pes[14:19]
-	}
-	return pts, dts
-}
-
-// readTime reads a PTS or DTS of 5 bytes.
-func readTime(b []byte) ticks {
-	return ticks(b[0]>>1&7)<<30 | ticks(binary.BigEndian.Uint16(b[1:])>>1)<<15 | ticks(binary.BigEndian.Uint16(b[3:])>>1)
-}
-
-// writeTime writes a PTS or DTS; the four bits before it are kept.
-func writeTime(b []byte, t ticks) {
-	b[0] = b[0]&0xf0 | byte(t>>29)&0x0e | 1
-	binary.BigEndian.PutUint16(b[1:], uint16(t>>15)<<1|1)
-	binary.BigEndian.PutUint16(b[3:], uint16(t)<<1|1)
-}
 
 // remuxer makes one program of the packets of several feeds. Its zero value
 // is ready; it is owned by its stream.
@@ -112,12 +71,6 @@ type outTrack struct {
 	fresh  bool  // its next packet begins anew
 	dts    ticks // the last one; 0: none
 	skip   bool  // until its next PES
-}
-
-// mark is where a PID stands: its last continuity counter.
-type mark struct {
-	pid uint16
-	cc  byte
 }
 
 // source returns the source of a feed; nil without one.
@@ -246,53 +199,6 @@ func (x *remuxer) appendPSI(b []byte, now ticks) []byte {
 	return appendPCR(b, x.pcr)
 }
 
-// appendSection appends the packets of a section, whose length, version and
-// CRC are set. ISO 13818-1 2.4.4.
-func appendSection(b []byte, pid uint16, cc *byte, section []byte, version byte) []byte {
-	binary.BigEndian.PutUint16(section[1:], 0xb000|uint16(len(section)+4-3))
-	section[5] = 0xc1 | version<<1
-	section = binary.BigEndian.AppendUint32(section, crc32MPEG(section))
-	rest := append([]byte{0}, section...) // pointer_field
-	for start := byte(0x40); len(rest) > 0; start = 0 {
-		*cc = (*cc + 1) & 15
-		b = append(b, syncByte, start|byte(pid>>8), byte(pid), 0x10|*cc)
-		n := min(len(rest), packetSize-4)
-		b = append(b, rest[:n]...)
-		rest = rest[n:]
-		for ; n < packetSize-4; n++ {
-			b = append(b, 0xff)
-		}
-	}
-	return b
-}
-
-// appendAdaptation appends a packet that has an adaptation field only.
-// ISO 13818-1 2.4.3.4.
-func appendAdaptation(b []byte, pid uint16, cc byte, field ...byte) []byte {
-	b = append(b, syncByte, byte(pid>>8), byte(pid), 0x20|cc, packetSize-5)
-	b = append(b, field...)
-	for n := len(field); n < packetSize-5; n++ {
-		b = append(b, 0xff)
-	}
-	return b
-}
-
-// appendPCR appends a packet with a PCR. ISO 13818-1 2.4.3.5.
-func appendPCR(b []byte, t ticks) []byte {
-	base := uint64(t & (wrap - 1))
-	return appendAdaptation(b, outPCR, 0,
-		0x10, byte(base>>25), byte(base>>17), byte(base>>9), byte(base>>1), byte(base<<7)|0x7e, 0)
-}
-
-// appendMarks appends what tells a reader that the counters of PIDs, which
-// go on after marks, do not go on from where it was.
-func appendMarks(b []byte, marks []mark) []byte {
-	for _, m := range marks {
-		b = appendAdaptation(b, m.pid, m.cc, 0x80) // discontinuity_indicator
-	}
-	return b
-}
-
 // marks tells where the PIDs of s stand.
 func (x *remuxer) marks(s *source) []mark {
 	m := make([]mark, len(s.tracks))
@@ -365,43 +271,6 @@ func (x *remuxer) remux(s *source, chunk []byte, offset ticks) []byte {
 	return b
 }
 
-// cutHeader tells whether the timestamps of a PES reach beyond its first
-// packet: they could not be moved.
-func cutHeader(pes []byte) bool {
-	_, _, ok := pesStart(pes)
-	if !ok || len(pes) >= 19 {
-		return false
-	}
-	return len(pes) < 9 || pes[7]&0x80 != 0 && len(pes) < 14 || pes[7]&0xc0 == 0xc0
-}
-
-// clearPCR takes PCR and OPCR out of the adaptation field.
-func clearPCR(p packet) {
-	a := p.adaptation()
-	if len(a) == 0 || a[0]&0x18 == 0 {
-		return
-	}
-	n := 0
-	for _, flag := range []byte{0x10, 0x08} {
-		if a[0]&flag != 0 {
-			n += 6
-		}
-	}
-	a[0] &^= 0x18
-	if n = min(n, len(a)-1); n > 0 && a[0]&0x06 == 0 { // private data, since stuffing would say that the PES ends here
-		a[0] |= 0x02
-		a[1] = byte(n - 1)
-		for i := range n - 1 {
-			a[2+i] = 0xff
-		}
-	} else if n > 0 {
-		copy(a[1:], a[1+n:])
-		for i := len(a) - n; i < len(a); i++ {
-			a[i] = 0xff
-		}
-	}
-}
-
 // restamp moves the timestamps of a PES. The DTS of a track rises, whatever
 // the feed says, and PTS - DTS is unchanged; but what was more than 2 s ahead
 // begins anew where it is now.
@@ -428,6 +297,3 @@ func (t *outTrack) restamp(pes []byte, offset ticks, anew bool) {
 		writeTime(dts, to&(wrap-1))
 	}
 }
-
-// toTicks is a duration on vw's clock.
-func toTicks(d time.Duration) ticks { return ticks(d) * 9 / 100_000 }
