@@ -8,7 +8,6 @@ package main
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"io"
 	"sync/atomic"
 	"time"
@@ -430,47 +429,4 @@ type publisher struct {
 func (p *publisher) replace() {
 	p.replaced.Store(true)
 	p.interrupt()
-}
-
-// publish reads r until it ends, and publishes what it carries as the feed of
-// that name from its first whole frame on. nil means the proper end; else errNotTS, errReplaced, errFull or
-// what the reader said.
-func (x *mux) publish(name string, p *publisher, r io.Reader) error {
-	var f *feed
-	full := false
-	fr := newFramer(func(m *message) {
-		if f == nil && !full { // it has shown that it is MPEG-TS: now it may take over
-			f = x.attach(name, p)
-			m.first = true
-			if full = f == nil; !full && p.begun != nil {
-				p.begun()
-			}
-		}
-		if !full {
-			f.publish(p, m)
-		}
-	})
-	defer func() {
-		if f != nil {
-			x.detach(f, p)
-		}
-	}()
-	for {
-		err := fr.read(r)
-		if f != nil {
-			f.account(p, fr)
-		}
-		switch {
-		case p.replaced.Load():
-			return errReplaced
-		case full:
-			return fmt.Errorf("feed %q: %d feeds are published: %w", name, maxPublishers, errFull)
-		case err == io.EOF:
-			return nil
-		case err == errNotTS:
-			return fmt.Errorf("%w: no %d packets of 188 bytes that begin with 0x47 in its first %d bytes", errNotTS, lockAfter, min(len(fr.buf), maxHunt))
-		case err != nil:
-			return err
-		}
-	}
 }

@@ -33,109 +33,6 @@ func (c *feedCounts) add(d feedCounts) {
 	c.resyncs += d.resyncs
 }
 
-// sample is where counters stood.
-type sample struct {
-	at                       time.Time
-	bytes, frames, keyframes uint64
-}
-
-// meter tells rates over the last 4 to 5 s. Its zero value is ready.
-type meter struct {
-	ring [6]sample // one a second
-	last int
-}
-
-const meterGap = 5 * time.Second // without anything; older samples say nothing then
-
-// add tells m where the counters stood before what came at s.at.
-func (m *meter) add(s sample) {
-	switch gap := s.at.Sub(m.ring[m.last].at); {
-	case gap > meterGap:
-		*m = meter{}
-		m.ring[0] = s
-	case gap >= time.Second:
-		m.last = (m.last + 1) % len(m.ring)
-		m.ring[m.last] = s
-	}
-}
-
-// rates returns what came each second until s.
-func (m *meter) rates(s sample) (bytes, frames, keyframes float64) {
-	oldest := m.ring[(m.last+1)%len(m.ring)]
-	if oldest.at.IsZero() {
-		oldest = m.ring[0]
-	}
-	t := s.at.Sub(oldest.at).Seconds()
-	if s.at.Sub(m.ring[m.last].at) > meterGap || t < 0.5 {
-		return 0, 0, 0
-	}
-	return float64(s.bytes-oldest.bytes) / t, float64(s.frames-oldest.frames) / t, float64(s.keyframes-oldest.keyframes) / t
-}
-
-// feedFigures are what is known of a feed. Guarded by feed.mu.
-type feedFigures struct {
-	total  feedCounts // since the feed is known, of all its publishers
-	meter  meter
-	tracks []trackStats // immutable
-	video  bool
-
-	came, keyframe, damage time.Time // the last of each
-	left                   time.Time // when the last publisher did
-}
-
-// account takes what the framer of pub has counted.
-func (f *feed) account(pub *publisher, fr *framer) {
-	n := fr.counts
-	fr.counts = feedCounts{}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.pub != pub {
-		return
-	}
-	g := &f.figures
-	g.meter.add(g.sample(fr.at))
-	g.total.add(n)
-	g.tracks, g.video = fr.tracks(), fr.video >= 0
-	g.came = fr.at
-	if n.keyframes > 0 {
-		g.keyframe = fr.at
-	}
-	if n.continuityErrors+n.damaged+n.resyncs > 0 {
-		g.damage = fr.at
-	}
-}
-
-func (g *feedFigures) sample(at time.Time) sample {
-	return sample{at, g.total.bytes, g.total.frames, g.total.keyframes}
-}
-
-const (
-	silentAfter = 2 * time.Second
-	damagedFor  = 5 * time.Second
-	keylessFor  = 10 * time.Second
-)
-
-// state is how a feed is, in a word, and since when.
-func (f *feed) state(now time.Time) (string, time.Time) {
-	g := &f.figures
-	switch {
-	case f.pub == nil:
-		return "absent", g.left
-	case now.Sub(g.came) > silentAfter:
-		return "silent", g.came
-	case now.Sub(g.damage) < damagedFor:
-		return "damaged", g.damage
-	}
-	keyless := g.keyframe
-	if keyless.Before(f.pub.since) {
-		keyless = f.pub.since
-	}
-	if g.video && now.Sub(keyless) > keylessFor {
-		return "no keyframe", keyless
-	}
-	return "live", f.pub.since
-}
-
 // stats is everything there is to know, as GET /api/stats has it. Rates are
 // per second, times in seconds, sizes in bytes.
 type stats struct {
@@ -149,40 +46,9 @@ type stats struct {
 	Destinations map[string]*destinationStats `json:"destinations"`
 }
 
-type feedStats struct {
-	State            string          `json:"state"` // live, silent, no keyframe, damaged, absent
-	Since            *time.Time      `json:"since,omitempty"`
-	Publisher        *publisherStats `json:"publisher"`
-	Bytes            uint64          `json:"bytes"`
-	Packets          uint64          `json:"packets"`
-	BitRate          float64         `json:"bitRate"`
-	Frames           uint64          `json:"frames"` // of the video; without one, of all tracks
-	Keyframes        uint64          `json:"keyframes"`
-	FrameRate        float64         `json:"frameRate"`
-	KeyframeRate     float64         `json:"keyframeRate"`
-	Tracks           []trackStats    `json:"tracks"`
-	ContinuityErrors uint64          `json:"continuityErrors"`
-	Damaged          uint64          `json:"damagedPackets"`
-	Resyncs          uint64          `json:"resyncs"`
-}
-
-type publisherStats struct {
-	Remote string    `json:"remote"`
-	Agent  string    `json:"agent"`
-	Since  time.Time `json:"since"`
-}
-
 type trackStats struct {
 	PID   uint16 `json:"pid"`
 	Codec string `json:"codec"`
-}
-
-type streamStats struct {
-	Feeds   []string `json:"feeds"`
-	Present []string `json:"present"`
-	Muted   []string `json:"muted"` // were in the rule, and are not now
-	Bytes   uint64   `json:"bytes"`
-	BitRate float64  `json:"bitRate"`
 }
 
 type destinationStats struct {
@@ -210,64 +76,6 @@ type dropStats struct {
 	Bytes uint64 `json:"bytes"`
 	Muted uint64 `json:"muted"`
 	End   uint64 `json:"end"`
-}
-
-// stats looks at feed, which is locked meanwhile.
-func (f *feed) stats(now time.Time) *feedStats {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	g := &f.figures
-	s := &feedStats{
-		Bytes: g.total.bytes, Packets: g.total.packets, Frames: g.total.frames, Keyframes: g.total.keyframes,
-		ContinuityErrors: g.total.continuityErrors, Damaged: g.total.damaged, Resyncs: g.total.resyncs,
-		Tracks: []trackStats{},
-	}
-	state, since := f.state(now)
-	s.State = state
-	if !since.IsZero() {
-		s.Since = &since
-	}
-	bytes, frames, keyframes := g.meter.rates(g.sample(now))
-	s.BitRate, s.FrameRate, s.KeyframeRate = 8*bytes, frames, keyframes
-	if f.pub != nil {
-		s.Publisher = &publisherStats{f.pub.remote, f.pub.agent, f.pub.since}
-		s.Tracks = append(s.Tracks, g.tracks...)
-	}
-	return s
-}
-
-// stats looks at all feeds and streams.
-func (x *mux) stats(now time.Time) (map[string]*feedStats, map[string]*streamStats) {
-	x.mu.Lock()
-	all := slices.Collect(maps.Values(x.feeds))
-	streams := make(map[string]*streamStats)
-	for name, st := range x.streams {
-		if !st.ruled {
-			continue
-		}
-		s := &streamStats{Feeds: []string{}, Present: []string{}, Muted: append([]string{}, st.muted...)}
-		for _, f := range st.feeds {
-			s.Feeds = append(s.Feeds, f.name)
-		}
-		st.mu.Lock()
-		bytes, _, _ := st.meter.rates(sample{at: now, bytes: st.bytes})
-		s.Bytes, s.BitRate = st.bytes, 8*bytes
-		st.mu.Unlock()
-		streams[name] = s
-	}
-	x.mu.Unlock()
-	feeds := make(map[string]*feedStats)
-	for _, f := range all {
-		feeds[f.name] = f.stats(now)
-	}
-	for _, s := range streams {
-		for _, f := range s.Feeds {
-			if feeds[f].Publisher != nil {
-				s.Present = append(s.Present, f)
-			}
-		}
-	}
-	return feeds, streams
 }
 
 // status is how a destination is. Guarded by destination.mu.
