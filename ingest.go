@@ -430,3 +430,24 @@ func (p *publisher) replace() {
 	p.replaced.Store(true)
 	p.interrupt()
 }
+
+// feedCounts is what a publisher has sent.
+type feedCounts struct {
+	bytes, packets, frames, keyframes  uint64
+	continuityErrors, damaged, resyncs uint64 // damaged: transport_error_indicator
+}
+
+func (c *feedCounts) add(d feedCounts) {
+	c.bytes += d.bytes
+	c.packets += d.packets
+	c.frames += d.frames
+	c.keyframes += d.keyframes
+	c.continuityErrors += d.continuityErrors
+	c.damaged += d.damaged
+	c.resyncs += d.resyncs
+}
+
+type trackStats struct {
+	PID   uint16 `json:"pid"`
+	Codec string `json:"codec"`
+}

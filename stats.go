@@ -17,22 +17,6 @@ import (
 	"time"
 )
 
-// feedCounts is what a publisher has sent.
-type feedCounts struct {
-	bytes, packets, frames, keyframes  uint64
-	continuityErrors, damaged, resyncs uint64 // damaged: transport_error_indicator
-}
-
-func (c *feedCounts) add(d feedCounts) {
-	c.bytes += d.bytes
-	c.packets += d.packets
-	c.frames += d.frames
-	c.keyframes += d.keyframes
-	c.continuityErrors += d.continuityErrors
-	c.damaged += d.damaged
-	c.resyncs += d.resyncs
-}
-
 // stats is everything there is to know, as GET /api/stats has it. Rates are
 // per second, times in seconds, sizes in bytes.
 type stats struct {
@@ -44,11 +28,6 @@ type stats struct {
 	Feeds        map[string]*feedStats        `json:"feeds"`
 	Streams      map[string]*streamStats      `json:"streams"`
 	Destinations map[string]*destinationStats `json:"destinations"`
-}
-
-type trackStats struct {
-	PID   uint16 `json:"pid"`
-	Codec string `json:"codec"`
 }
 
 type destinationStats struct {
