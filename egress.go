@@ -464,23 +464,6 @@ func (l *link) write() (int, error) {
 	return l.Conn.Write(l.buf)
 }
 
-// closeCode is the status of our close frame; 0 for none. RFC 6455 7.4.1.
-func closeCode(why error) uint16 {
-	switch {
-	case errors.Is(why, errRemoved), errors.Is(why, errTakenOver), errors.Is(why, errPeerClosed):
-		return 1000
-	case errors.Is(why, errShutdown):
-		return 1001 // going away
-	case errors.Is(why, errFrame):
-		return 1002 // protocol error
-	case errors.Is(why, errNotTS):
-		return 1003
-	case errors.Is(why, errReplaced):
-		return 1008
-	}
-	return 0
-}
-
 // close ends the connection: with a close frame where one can be read soon,
 // else so that the kernel sends nothing more.
 func (l *link) close(why error, s *subscriber, gone, removed <-chan struct{}, quiet func()) {

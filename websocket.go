@@ -1,5 +1,5 @@
-// Frames: the websocket protocol after its opening handshake, both ways.
-// RFC 6455 5. The handshakes are x/net's.
+// Websocket frames: the protocol after its opening handshake, both ways.
+// RFC 6455 5.
 
 package main
 
@@ -223,4 +223,21 @@ func (in *inbox) message(limit int) (opcode byte, b []byte, err error) {
 			return opcode, b, nil
 		}
 	}
+}
+
+// closeCode is the status of our close frame; 0 for none. RFC 6455 7.4.1.
+func closeCode(why error) uint16 {
+	switch {
+	case errors.Is(why, errRemoved), errors.Is(why, errTakenOver), errors.Is(why, errPeerClosed):
+		return 1000
+	case errors.Is(why, errShutdown):
+		return 1001 // going away
+	case errors.Is(why, errFrame):
+		return 1002 // protocol error
+	case errors.Is(why, errNotTS):
+		return 1003
+	case errors.Is(why, errReplaced):
+		return 1008
+	}
+	return 0
 }
