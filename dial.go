@@ -17,7 +17,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"time"
 )
 
 const maxAccess = 64 << 10 // bytes of answer to the POST
@@ -151,70 +150,3 @@ type brief struct{ error }
 
 func (e brief) Error() string { return fmt.Sprintf("%.200s", e.error.Error()) }
 func (e brief) Unwrap() error { return e.error }
-
-// present shows the token, and waits for the relay to say that it is good.
-func (l *link) present(ctx context.Context, in *inbox, token string) error {
-	return l.exchange(ctx, "token", appendFrame(nil, opText, []byte(token), l.masks), func() error {
-		for {
-			opcode, b, err := in.message(maxHandshake)
-			if err == errTooLong || err == nil && opcode != opText {
-				continue
-			}
-			if err != nil {
-				return err
-			}
-			var answer struct {
-				Authorised *bool
-				Reason     string
-			}
-			if err := json.Unmarshal(b, &answer); err != nil || answer.Authorised == nil {
-				return errors.New(`the relay's first text message is not {"authorised":…}`)
-			}
-			if !*answer.Authorised {
-				return tokenRefused{fmt.Sprintf("the relay refuses the token: %.200q", answer.Reason)}
-			}
-			return nil
-		}
-	})
-}
-
-// prove waits for an answer to a ping: a relay may accept the handshake, and
-// then leave a connection alone whose code was not good.
-func (l *link) prove(ctx context.Context, in *inbox) error {
-	return l.exchange(ctx, "access: ping", appendFrame(nil, opPing, nil, l.masks), func() error {
-		for {
-			if opcode, err := in.next(); err != nil || opcode == opPong {
-				return err
-			}
-		}
-	})
-}
-
-// exchange writes frame, and then waits for answer, which reads at most 16 KiB
-// within 5 s. It is called before serve, while nobody else reads or writes.
-func (l *link) exchange(ctx context.Context, what string, frame []byte, answer func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
-	defer cancel()
-	release := onDone(ctx, func() { l.SetDeadline(past) })
-	l.opening, l.budget = true, maxHandshake
-	_, err := l.Conn.Write(frame)
-	if err == nil {
-		err = answer()
-	}
-	l.opening, l.answer = false, nil
-	release()
-	switch {
-	case err == nil:
-		l.SetDeadline(time.Time{})
-		return nil
-	case errors.As(err, new(tokenRefused)):
-		return err
-	case ctx.Err() == context.DeadlineExceeded:
-		return fmt.Errorf("%s: %w within %v", what, errNoAnswer, handshakeTimeout)
-	case ctx.Err() != nil:
-		return context.Cause(ctx)
-	case err == io.EOF, err == io.ErrUnexpectedEOF:
-		return fmt.Errorf("%s: %w", what, errUnanswered)
-	}
-	return fmt.Errorf("%s: %w", what, plain(err))
-}

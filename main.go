@@ -130,9 +130,6 @@ func profile(name string) (stop func(), err error) {
 	}, nil
 }
 
-// errShutdown ends everything that runs.
-var errShutdown = errors.New("vw is shutting down")
-
 // serve runs vw until ctx is done; then it ends within 5 s, whatever relays,
 // publishers and callers do.
 func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logger) error {
