@@ -17,28 +17,6 @@ import (
 	"time"
 )
 
-// Why a handshake fails, other than by an answer.
-var (
-	errNoAnswer   = errors.New("no answer")
-	errUnanswered = errors.New("closed without an answer")
-)
-
-// statusError is a relay's answer other than 101.
-type statusError struct {
-	code int
-	line string // such as "401 Unauthorized"
-}
-
-func (e statusError) Error() string { return "the relay answered " + e.line }
-
-// tlsConfig is that of a client of host; nil roots are the system's.
-func tlsConfig(host string, roots *x509.CertPool) *tls.Config {
-	return &tls.Config{
-		ServerName: host, RootCAs: roots, MinVersion: tls.VersionTLS12,
-		NextProtos: []string{"http/1.1"}, DynamicRecordSizingDisabled: true,
-	}
-}
-
 // destination sends a feed or stream to a relay until it is stopped.
 type destination struct {
 	rule   destinationRule
@@ -210,11 +188,6 @@ func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err
 	d.mu.Unlock()
 	return time.Since(opened) >= healthyAfter, lost{err}
 }
-
-// unreachable is an error of a dial.
-type unreachable struct{ error }
-
-func (e unreachable) Unwrap() error { return e.error }
 
 // backoff says how long to wait after a failure. The zero value is ready.
 type backoff struct {

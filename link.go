@@ -10,26 +10,16 @@ import (
 	"context"
 	crand "crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"encoding/base64"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
-	"net/http"
-	"net/http/httptrace"
-	"net/url"
 	"os"
-	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/net/websocket"
 )
 
 // errShutdown ends everything that runs.
@@ -81,73 +71,6 @@ func newLink(conn net.Conn, log *slog.Logger) *link {
 		l.cannotResume()
 	}
 	return l
-}
-
-// present shows the token, and waits for the relay to say that it is good.
-func (l *link) present(ctx context.Context, in *inbox, token string) error {
-	return l.exchange(ctx, "token", appendFrame(nil, opText, []byte(token), l.masks), func() error {
-		for {
-			opcode, b, err := in.message(maxHandshake)
-			if err == errTooLong || err == nil && opcode != opText {
-				continue
-			}
-			if err != nil {
-				return err
-			}
-			var answer struct {
-				Authorised *bool
-				Reason     string
-			}
-			if err := json.Unmarshal(b, &answer); err != nil || answer.Authorised == nil {
-				return errors.New(`the relay's first text message is not {"authorised":…}`)
-			}
-			if !*answer.Authorised {
-				return tokenRefused{fmt.Sprintf("the relay refuses the token: %.200q", answer.Reason)}
-			}
-			return nil
-		}
-	})
-}
-
-// prove waits for an answer to a ping: a relay may accept the handshake, and
-// then leave a connection alone whose code was not good.
-func (l *link) prove(ctx context.Context, in *inbox) error {
-	return l.exchange(ctx, "access: ping", appendFrame(nil, opPing, nil, l.masks), func() error {
-		for {
-			if opcode, err := in.next(); err != nil || opcode == opPong {
-				return err
-			}
-		}
-	})
-}
-
-// exchange writes frame, and then waits for answer, which reads at most 16 KiB
-// within 5 s. It is called before serve, while nobody else reads or writes.
-func (l *link) exchange(ctx context.Context, what string, frame []byte, answer func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
-	defer cancel()
-	release := onDone(ctx, func() { l.SetDeadline(past) })
-	l.opening, l.budget = true, maxHandshake
-	_, err := l.Conn.Write(frame)
-	if err == nil {
-		err = answer()
-	}
-	l.opening, l.answer = false, nil
-	release()
-	switch {
-	case err == nil:
-		l.SetDeadline(time.Time{})
-		return nil
-	case errors.As(err, new(tokenRefused)):
-		return err
-	case ctx.Err() == context.DeadlineExceeded:
-		return fmt.Errorf("%s: %w within %v", what, errNoAnswer, handshakeTimeout)
-	case ctx.Err() != nil:
-		return context.Cause(ctx)
-	case err == io.EOF, err == io.ErrUnexpectedEOF:
-		return fmt.Errorf("%s: %w", what, errUnanswered)
-	}
-	return fmt.Errorf("%s: %w", what, plain(err))
 }
 
 // cannotResume: the connection is lost when a deadline ends a write.
@@ -207,72 +130,6 @@ func (l *link) reply(opcode byte, payload []byte) {
 		l.wake()
 	default:
 	}
-}
-
-// status reads the first line of the answer. RFC 9112 4.
-func (l *link) status() statusError {
-	line, _, _ := strings.Cut(string(l.answer[:min(len(l.answer), 80)]), "\r\n")
-	_, line, _ = strings.Cut(line, " ")
-	code, _ := strconv.Atoi(line[:min(len(line), 3)])
-	return statusError{code, strconv.QuoteToASCII(line)}
-}
-
-// open does the TLS and the websocket handshake as a client. It takes header.
-func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool, header http.Header) (*inbox, error) {
-	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
-	defer cancel()
-	origin := url.URL{Scheme: "http", Host: u.Host}
-	if u.Scheme == "wss" {
-		origin.Scheme = "https"
-		conn := tls.Client(l.Conn, tlsConfig(u.Hostname(), roots))
-		l.cannotResume()
-		l.Conn = conn
-		err := conn.HandshakeContext(ctx)
-		if trace := httptrace.ContextClientTrace(ctx); trace != nil && trace.TLSHandshakeDone != nil {
-			trace.TLSHandshakeDone(conn.ConnectionState(), err)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("TLS handshake: %w", plain(err))
-		}
-	}
-	release := onDone(ctx, func() { l.SetDeadline(past) })
-	config := &websocket.Config{
-		Location: u, Origin: &origin, Version: websocket.ProtocolVersionHybi13, Header: header,
-	}
-	if u.User != nil {
-		password, _ := u.User.Password()
-		config.Header.Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(u.User.Username()+":"+password)))
-	}
-	l.opening, l.budget, l.masks = true, maxHandshake, true
-	_, err := websocket.NewClient(config, l)
-	l.opening = false
-	release()
-	switch {
-	case ctx.Err() == context.DeadlineExceeded:
-		return nil, fmt.Errorf("websocket handshake: %w within %v", errNoAnswer, handshakeTimeout)
-	case err == websocket.ErrBadStatus:
-		return nil, l.status()
-	case err == io.EOF, err == io.ErrUnexpectedEOF:
-		return nil, fmt.Errorf("websocket handshake: %w", errUnanswered)
-	case err != nil: // it may quote the answer
-		return nil, fmt.Errorf("websocket handshake: %.200s", plain(err).Error())
-	}
-	l.SetDeadline(time.Time{})
-	return newInbox(l, l.early(), 512), nil
-}
-
-// early returns what came after the header of the relay's answer: x/net may
-// have read that too.
-func (l *link) early() []byte {
-	end := len(l.answer)
-	for _, blank := range []string{"\n\r\n", "\n\n"} {
-		if i := bytes.Index(l.answer, []byte(blank)); i >= 0 {
-			end = min(end, i+len(blank))
-		}
-	}
-	early := l.answer[end:]
-	l.answer = nil
-	return early
 }
 
 // serve runs an open websocket until ctx is done or one of its sides ends:
