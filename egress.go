@@ -228,3 +228,136 @@ func refused(err error) bool {
 func (d *destination) shown() string {
 	return d.url.Scheme + "://" + d.url.Host + d.url.EscapedPath()
 }
+
+// running is a destination, and those that it is taking over from.
+type running struct {
+	*destination
+	old []*destination
+}
+
+// stop ends the destination and those before it (I6).
+func (d *running) stop() {
+	for _, old := range d.old {
+		old.cancel(errRemoved)
+	}
+	d.destination.stop()
+	for _, old := range d.old {
+		old.stop()
+	}
+}
+
+// handOver ends old when its successor could be watched, and at the latest
+// after 2 s; what was queued for old by then is sent.
+func handOver(old, next *destination) {
+	late := time.NewTimer(maxTakeOver)
+	defer late.Stop()
+	select {
+	case <-next.live:
+		old.drain()
+		select {
+		case <-old.quiet:
+		case <-late.C:
+		}
+	case <-old.quiet:
+	case <-late.C:
+	}
+	old.stop()
+}
+
+// ended tells whether nothing more will be written for d.
+func (d *destination) ended() bool {
+	select {
+	case <-d.quiet:
+		return true
+	default:
+		return false
+	}
+}
+
+// status is how a destination is. Guarded by destination.mu.
+type status struct {
+	state   string
+	since   time.Time
+	retryAt time.Time // while it waits
+	err     error     // why the last connection ended, or there was none
+	opened  uint64    // connections
+}
+
+func (s *status) is(state string) {
+	if s.state != state {
+		s.state, s.since = state, time.Now()
+	}
+	if state == "open" {
+		s.opened++
+	}
+}
+
+// is sets the state of d.
+func (d *destination) is(state string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.status.is(state)
+}
+
+// waits sets the state of d until its next try.
+func (d *destination) waits(wait time.Duration, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.status.err, d.status.retryAt = err, time.Now().Add(wait)
+	state := "waiting"
+	if refused(err) {
+		state = "refused"
+	}
+	d.status.is(state)
+}
+
+func (d *destination) stats(now time.Time) *destinationStats {
+	c, queued := d.count()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s := &destinationStats{
+		ID: d.rule.ID, Stream: d.rule.Stream, Destination: d.shown(),
+		State: d.status.state, Since: d.status.since,
+		Bytes: c.bytes, Frames: c.frames, Messages: c.delivered, Queued: queued,
+		Dropped:    dropStats{c.dropped[dropGate], c.dropped[dropLag], c.dropped[dropBytes], c.dropped[dropMuted], c.dropped[dropEnd]},
+		Reconnects: max(d.status.opened, 1) - 1,
+	}
+	if d.link != nil {
+		s.QueueAge = d.sub.age(now).Seconds()
+		s.RoundTrip = time.Duration(d.link.roundTrip.Load()).Seconds()
+	}
+	if at := d.status.retryAt; s.State == "waiting" || s.State == "refused" {
+		s.RetryAt = &at
+	}
+	if d.status.err != nil {
+		s.Error = d.status.err.Error()
+	}
+	return s
+}
+
+type destinationStats struct {
+	ID          id         `json:"id"`
+	Stream      string     `json:"stream"`
+	Destination string     `json:"destination"` // without what may be secret
+	State       string     `json:"state"`       // connecting (the first time), open, waiting, refused
+	Since       time.Time  `json:"since"`
+	RetryAt     *time.Time `json:"retryAt,omitempty"`
+	Error       string     `json:"error,omitempty"` // why the last connection ended, or there was none
+	Bytes       uint64     `json:"bytes"`
+	Frames      uint64     `json:"frames"`
+	Messages    uint64     `json:"messages"`
+	Dropped     dropStats  `json:"dropped"`
+	Queued      int        `json:"queued"` // messages
+	QueueAge    float64    `json:"queueAge"`
+	RoundTrip   float64    `json:"roundTrip"` // of a ping; 0: not known
+	Reconnects  uint64     `json:"reconnects"`
+}
+
+// dropStats counts the messages that were dropped, by cause.
+type dropStats struct {
+	Gate  uint64 `json:"gate"`
+	Lag   uint64 `json:"lag"`
+	Bytes uint64 `json:"bytes"`
+	Muted uint64 `json:"muted"`
+	End   uint64 `json:"end"`
+}

@@ -228,12 +228,6 @@ type change struct {
 	name string
 }
 
-// running is a destination, and those that it is taking over from.
-type running struct {
-	*destination
-	old []*destination
-}
-
 func newRules(ctx context.Context, x *mux, maxLag time.Duration, log *slog.Logger) *rules {
 	dialer := &net.Dialer{Control: limitUnsent}
 	return &rules{
@@ -529,45 +523,6 @@ func (r *rules) applyDestination(rule destinationRule) {
 	d.start(r.ctx, &r.tasks)
 	if len(is.old) > 0 {
 		r.tasks.Go(func() { handOver(was.destination, d) })
-	}
-}
-
-// handOver ends old when its successor could be watched, and at the latest
-// after 2 s; what was queued for old by then is sent.
-func handOver(old, next *destination) {
-	late := time.NewTimer(maxTakeOver)
-	defer late.Stop()
-	select {
-	case <-next.live:
-		old.drain()
-		select {
-		case <-old.quiet:
-		case <-late.C:
-		}
-	case <-old.quiet:
-	case <-late.C:
-	}
-	old.stop()
-}
-
-// stop ends the destination and those before it (I6).
-func (d *running) stop() {
-	for _, old := range d.old {
-		old.cancel(errRemoved)
-	}
-	d.destination.stop()
-	for _, old := range d.old {
-		old.stop()
-	}
-}
-
-// ended tells whether nothing more will be written for d.
-func (d *destination) ended() bool {
-	select {
-	case <-d.quiet:
-		return true
-	default:
-		return false
 	}
 }
 
