@@ -21,8 +21,6 @@ import (
 )
 
 const (
-	controlID = "apiRule"
-
 	maxMessage = 1 << 20 // bytes of commands in a message; each has at most maxBody
 )
 
@@ -35,15 +33,6 @@ type control struct {
 // control returns the rule of the control link.
 func (s settings) control() destinationRule {
 	return destinationRule{ID: controlID, Stream: "api", Destination: s.api, Token: s.apiToken}
-}
-
-// cleanControl checks the rule of a control link.
-func (r destinationRule) cleanControl() error {
-	u, err := cleanURL(r.Destination)
-	if err != nil {
-		return err
-	}
-	return r.cleanSecrets(u)
 }
 
 // startControl keeps a control link up until s ends. The rule is clean.

@@ -27,7 +27,6 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"unicode"
 )
 
 // devices are what vw devices and GET /api/devices list.
@@ -236,21 +235,6 @@ func attribute(root string, elem ...string) string {
 func isNumber(s string) bool {
 	_, err := strconv.ParseUint(s, 10, 31)
 	return err == nil
-}
-
-// printable is s with everything that could work on a terminal replaced.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return unicode.ReplacementChar
-		}
-		return r
-	}, s)
-}
-
-// isVisible tells whether s is printable ASCII without spaces.
-func isVisible(s string) bool {
-	return !strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r >= 0x7f })
 }
 
 // The ffmpeg lines end as those of README.md.

@@ -11,7 +11,6 @@ import (
 	"io"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 )
@@ -205,9 +204,6 @@ func (x *mux) pass() {
 		through(&st.mu, &st.subs)
 	}
 }
-
-// isStream tells whether a valid name is a stream's; else it is a feed's.
-func isStream(name string) bool { return strings.HasPrefix(name, "stream/") }
 
 // feed returns the feed of that name, made if need be; mu is held.
 func (x *mux) feed(name string) *feed {

@@ -1,10 +1,13 @@
-// Secrets of a rule: its token, the values of its headers, and the userinfo of
-// its URL. They are stored and sent; answers, the log and errors show *** in
-// their place.
+// One rule: names, URLs and secrets, and what of them is allowed. Plain data.
+//
+// The secrets of a rule are its token, the values of its headers, and the
+// userinfo of its URL. They are stored and sent; answers, the log and errors
+// show *** in their place.
 
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/base64"
 	"encoding/json"
@@ -12,11 +15,13 @@ import (
 	"fmt"
 	"iter"
 	"maps"
+	"net"
 	"net/http"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 )
 
 const (
@@ -254,4 +259,224 @@ func hideIn(text, secret string) string {
 		b.WriteString(hidden)
 		text = rest[n:]
 	}
+}
+
+// streamRule combines feeds into a stream; no feeds: everything muted.
+type streamRule struct {
+	Stream string   `json:"stream"`
+	Feeds  []string `json:"feeds"`
+}
+
+// clean returns the rule as it is stored.
+func (r streamRule) clean() (streamRule, error) {
+	name, err := cleanStream(r.Stream)
+	if err != nil {
+		return streamRule{}, err
+	}
+	if r.Feeds == nil {
+		return streamRule{}, invalid(`stream %q: "feeds" is missing; [] mutes everything`, name)
+	}
+	if len(r.Feeds) > maxFeeds {
+		return streamRule{}, invalid("stream %q: it has %d feeds, at most %d are allowed", name, len(r.Feeds), maxFeeds)
+	}
+	feeds := make([]string, 0, len(r.Feeds))
+	for _, f := range r.Feeds {
+		if f, err = cleanFeed(f); err != nil {
+			return streamRule{}, err
+		}
+		if slices.Contains(feeds, f) {
+			return streamRule{}, invalid("stream %q: the feed %q is there twice", name, f)
+		}
+		feeds = append(feeds, f)
+	}
+	return streamRule{name, feeds}, nil
+}
+
+// destinationRule sends a feed or stream to a relay.
+type destinationRule struct {
+	ID          id      `json:"id"`
+	Stream      string  `json:"stream"`
+	Destination string  `json:"destination"`
+	Token       string  `json:"token,omitempty"`   // a secret
+	Headers     headers `json:"headers,omitempty"` // their values are secrets
+}
+
+// cleanControl checks the rule of a control link.
+func (r destinationRule) cleanControl() error {
+	u, err := cleanURL(r.Destination)
+	if err != nil {
+		return err
+	}
+	return r.cleanSecrets(u)
+}
+
+// clean returns the rule as it is stored, and its URL.
+func (r destinationRule) clean() (destinationRule, *url.URL, error) {
+	none := destinationRule{}
+	name, err := cleanName("id", string(r.ID))
+	if err != nil {
+		return none, nil, err
+	}
+	source, err := cleanName("stream", r.Stream)
+	if err != nil {
+		return none, nil, err
+	}
+	u, err := cleanURL(r.Destination)
+	if err != nil {
+		return none, nil, err
+	}
+	if err := r.cleanSecrets(u); err != nil {
+		return none, nil, err
+	}
+	return destinationRule{id(name), source, r.Destination, r.Token, r.Headers}, u, nil
+}
+
+// id names a destination. In JSON a string, or a number as it is written.
+type id string
+
+func (i *id) UnmarshalJSON(b []byte) error {
+	if b[0] == '"' {
+		return json.Unmarshal(b, (*string)(i))
+	}
+	var n json.Number
+	if err := json.Unmarshal(b, &n); err != nil || n == "" {
+		return fmt.Errorf("id %.100q: it must be a string or a number", b)
+	}
+	*i = id(n)
+	return nil
+}
+
+// invalidError is a rule, or a name, that is not allowed. It names the value
+// and what is.
+type invalidError struct{ text string }
+
+func (e invalidError) Error() string { return e.text }
+
+func invalid(format string, args ...any) error { return invalidError{fmt.Sprintf(format, args...)} }
+
+const (
+	maxName  = 256  // bytes
+	maxFeeds = 64   // in a stream
+	maxURL   = 4096 // bytes
+
+	maxStreams      = 256
+	maxDestinations = 1024
+	maxOld          = 4 // connections that a destination takes over from
+)
+
+var reserved = []string{"all", "deleteAll", "apiRule"}
+
+// cleanName checks a name of what kind says, and takes one leading slash off.
+func cleanName(kind, name string) (string, error) {
+	name = strings.TrimPrefix(name, "/")
+	if name == "" {
+		return "", invalid("%s: the name is missing", kind)
+	}
+	if len(name) > maxName {
+		return "", invalid("%s %.40q…: the name has %d bytes, at most %d are allowed", kind, name, len(name), maxName)
+	}
+	if slices.Contains(reserved, name) {
+		return "", invalid("%s %q: the name is reserved", kind, name)
+	}
+	for segment := range strings.SplitSeq(name, "/") {
+		if segment == "" || segment == "." || segment == ".." || strings.ContainsFunc(segment, func(r rune) bool {
+			return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("._-", r))
+		}) {
+			return "", invalid("%s %q: a name is segments of A-Z a-z 0-9 . _ - joined by /, none of them empty, . or ..", kind, name)
+		}
+	}
+	return name, nil
+}
+
+// cleanFeed checks the name of a feed.
+func cleanFeed(name string) (string, error) {
+	name, err := cleanName("feed", name)
+	if err == nil && isStream(name) {
+		return "", invalid("feed %q: a name that begins with stream/ is a stream's", name)
+	}
+	return name, err
+}
+
+// cleanStream checks the name of a stream.
+func cleanStream(name string) (string, error) {
+	name, err := cleanName("stream", name)
+	if err == nil && !isStream(name) {
+		return "", invalid("stream %q: the name of a stream begins with stream/", name)
+	}
+	return name, err
+}
+
+// cleanURL checks the URL of a relay.
+func cleanURL(raw string) (*url.URL, error) {
+	u, err := url.Parse(raw)
+	shown := withoutSecrets(raw)
+	switch {
+	case len(raw) > maxURL:
+		return nil, invalid("destination %.100q: the URL has %d bytes, at most %d are allowed", shown, len(raw), maxURL)
+	case err != nil || !isVisible(raw):
+		return nil, invalid("destination %.100q: not a URL", shown)
+	case u.Scheme != "ws" && u.Scheme != "wss" && u.Scheme != "http" && u.Scheme != "https":
+		return nil, invalid("destination %.100q: the scheme is %q, it must be ws or wss, or with a token http or https", shown, u.Scheme)
+	case u.Hostname() == "":
+		return nil, invalid("destination %.100q: the host is missing", shown)
+	case u.Fragment != "" || strings.Contains(raw, "#"): // RFC 6455 3
+		return nil, invalid("destination %.100q: a websocket URL has no fragment (#)", shown)
+	case !validPort(u.Port()):
+		return nil, invalid("destination %.100q: the port is %s, it must be 1 to 65535", shown, u.Port())
+	}
+	return u, nil
+}
+
+// withoutSecrets is what an error may say of a URL, which need not be one: no
+// query, and nothing where there may be userinfo.
+func withoutSecrets(s string) string {
+	if strings.Contains(s, "@") {
+		return "…"
+	}
+	s, _, _ = strings.Cut(s, "?")
+	return s
+}
+
+func validPort(s string) bool {
+	if s == "" {
+		return true
+	}
+	_, err := net.LookupPort("tcp", s)
+	return err == nil && strings.Trim(s, "0") != ""
+}
+
+// decode reads exactly one JSON value, without fields that v has not.
+func decode(b []byte, v any) error {
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return invalid("JSON: %.200s", strings.TrimPrefix(err.Error(), "json: "))
+	}
+	if len(bytes.TrimSpace(b[d.InputOffset():])) > 0 {
+		return invalid("JSON: more after the end of the rule, from byte %d on", d.InputOffset()) // not what: it may be a secret
+	}
+	return nil
+}
+
+// errNotFound: there is no rule of that name.
+var errNotFound = errors.New("there is none")
+
+const controlID = "apiRule"
+
+// isStream tells whether a valid name is a stream's; else it is a feed's.
+func isStream(name string) bool { return strings.HasPrefix(name, "stream/") }
+
+// isVisible tells whether s is printable ASCII without spaces.
+func isVisible(s string) bool {
+	return !strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r >= 0x7f })
+}
+
+// printable is s with everything that could work on a terminal replaced.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, s)
 }
