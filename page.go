@@ -8,10 +8,7 @@
 package main
 
 import (
-	"crypto/hmac"
-	"crypto/sha256"
 	"embed"
-	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"html"
@@ -20,7 +17,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"time"
 )
@@ -132,22 +128,6 @@ func (s *server) getPlayer(w http.ResponseWriter, r *http.Request) {
 	}
 	s.pageHeader(w, r)
 	http.ServeFile(w, r, s.player.file)
-}
-
-// session is the value of the cookie: who has it has presented the token, but
-// can't tell it. It is the same after a restart.
-func (s *server) session() string {
-	mac := hmac.New(sha256.New, []byte(s.token))
-	mac.Write([]byte("vw: session of the page"))
-	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
-}
-
-// signedIn tells whether the request has the cookie. EventSource and WebSocket
-// can present nothing else.
-func (s *server) signedIn(r *http.Request) bool {
-	return slices.ContainsFunc(r.CookiesNamed(cookieName), func(c *http.Cookie) bool {
-		return hmac.Equal([]byte(c.Value), []byte(s.session()))
-	})
 }
 
 // login gives the cookie for the token.
