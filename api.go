@@ -4,7 +4,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -12,7 +11,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -20,8 +18,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-
-	"golang.org/x/net/websocket"
 )
 
 const (
@@ -293,196 +289,4 @@ func (s *server) getDestination(r *http.Request) (any, error) {
 
 func (s *server) deleteDestination(r *http.Request) (any, error) {
 	return s.dropDestination(r.PathValue("id"))
-}
-
-// postFeed publishes the body until it ends.
-func (s *server) postFeed(w http.ResponseWriter, r *http.Request) {
-	c := http.NewResponseController(w)
-	if err := s.publish(r, func() { c.SetReadDeadline(past) }); err != nil {
-		s.refuse(w, r, err)
-		return
-	}
-	answer(w, http.StatusOK, "ok")
-}
-
-// publish publishes the body of r; interrupt makes reads of it fail.
-func (s *server) publish(r *http.Request, interrupt func()) error {
-	name, err := cleanFeed(r.PathValue("feed"))
-	if err != nil {
-		return err
-	}
-	defer onDone(s.ctx, interrupt)()
-	log := s.log.With("feed", name, "remote", r.RemoteAddr)
-	log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
-	p := newPublisher(r, interrupt)
-	p.begun = func() { s.door.settle(r) }
-	err = s.mux.publish(name, p, r.Body)
-	if s.ctx.Err() != nil {
-		err = errShutdown
-	}
-	log.Info("publisher left", "err", err)
-	return err
-}
-
-// newPublisher is who made the request.
-func newPublisher(r *http.Request, interrupt func()) *publisher {
-	return &publisher{remote: r.RemoteAddr, agent: fmt.Sprintf("%.100s", r.UserAgent()), interrupt: interrupt}
-}
-
-// getTS sends a feed or stream as it is, until the reader leaves.
-func (s *server) getTS(w http.ResponseWriter, r *http.Request) {
-	name, err := cleanName("feed or stream", r.PathValue("name"))
-	if err != nil {
-		s.refuse(w, r, err)
-		return
-	}
-	if r.ContentLength != 0 { // net/http would wait for it before it answers
-		s.refuse(w, r, invalid("a GET of video has no body"))
-		return
-	}
-	leave, err := s.door.reader(r)
-	if err != nil {
-		s.refuse(w, r, err)
-		return
-	}
-	defer leave()
-	w.Header().Set("Content-Type", "video/mp2t")
-	w.Header().Set("Cache-Control", "no-store")
-	w.WriteHeader(http.StatusOK)
-	if r.Method == http.MethodHead {
-		return
-	}
-	conn := &response{w: w, c: http.NewResponseController(w)}
-	conn.c.Flush()
-	l := newLink(conn, s.log.With("stream", name, "remote", r.RemoteAddr))
-	l.cannotResume()
-	l.pings = 0
-	sub := l.subscribe(raw, s.maxLag)
-	s.mux.join(name, sub)
-	ctx, cancel := context.WithCancelCause(r.Context())
-	defer cancel(nil)
-	defer context.AfterFunc(s.ctx, func() { cancel(errShutdown) })()
-	l.log.Info("reader left", "err", l.send(ctx, sub))
-	s.mux.leave(name, sub)
-	sub.end()
-}
-
-// response lets a link write to a GET: its Write is not done before the bytes
-// are handed to the kernel.
-type response struct {
-	net.Conn // nil; a link that only sends uses the methods below
-	w        http.ResponseWriter
-	c        *http.ResponseController
-}
-
-func (r *response) SetWriteDeadline(t time.Time) error { return r.c.SetWriteDeadline(t) }
-
-func (r *response) Write(b []byte) (int, error) {
-	n, err := r.w.Write(b)
-	if err != nil {
-		return n, err
-	}
-	return n, r.c.Flush()
-}
-
-// in publishes a feed from a websocket's binary messages, however split.
-func (s *server) in(w http.ResponseWriter, r *http.Request) {
-	name, err := cleanFeed(r.PathValue("feed"))
-	if err != nil {
-		s.refuse(w, r, err)
-		return
-	}
-	defer s.door.settle(r) // http.Server does not tell the end of a connection that was hijacked
-	s.upgrade(w, r, func(l *link, in *inbox) error {
-		l.log = s.log.With("feed", name, "remote", r.RemoteAddr)
-		l.log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
-		ctx, cancel := context.WithCancelCause(s.ctx)
-		defer cancel(nil)
-		p := newPublisher(r, func() { cancel(errReplaced) })
-		p.begun = func() { s.door.settle(r) }
-		return l.serve(ctx, l.subscribe(bare, s.maxLag), func() error {
-			return s.mux.publish(name, p, cutOff{in})
-		}, func() {})
-	})
-}
-
-// cutOff is a reader whose end is never a proper one: a websocket may close in
-// the middle of a frame of video.
-type cutOff struct{ io.Reader }
-
-func (c cutOff) Read(p []byte) (int, error) {
-	n, err := c.Reader.Read(p)
-	if err == io.EOF {
-		err = errPeerClosed
-	}
-	return n, err
-}
-
-// out sends a feed or stream to a viewer, such as JSMpeg.
-func (s *server) out(w http.ResponseWriter, r *http.Request) {
-	name, err := cleanName("feed or stream", r.PathValue("name"))
-	if err != nil {
-		s.refuse(w, r, err)
-		return
-	}
-	leave, err := s.door.reader(r)
-	if err != nil {
-		s.refuse(w, r, err)
-		return
-	}
-	defer leave()
-	s.upgrade(w, r, func(l *link, in *inbox) error {
-		l.log = s.log.With("stream", name, "remote", r.RemoteAddr)
-		l.log.Info("reader arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
-		sub := l.subscribe(bare, s.maxLag)
-		s.mux.join(name, sub)
-		err := l.serve(s.ctx, sub, func() error { return discard(in) }, func() {})
-		s.mux.leave(name, sub)
-		sub.end()
-		return err
-	})
-}
-
-// upgrade makes a websocket of the request, and closes it when serve returns.
-// The first subprotocol that is offered is accepted, whatever it is: JSMpeg
-// offers "null".
-func (s *server) upgrade(w http.ResponseWriter, r *http.Request, serve func(*link, *inbox) error) {
-	if err := checkUpgrade(r); err != nil {
-		w.Header().Set("Upgrade", "websocket")
-		w.Header().Set("Sec-WebSocket-Version", websocket.SupportedProtocolVersion)
-		s.refuse(w, r, err)
-		return
-	}
-	h := &hijacker{ResponseWriter: w, log: s.log}
-	websocket.Server{
-		Handshake: func(c *websocket.Config, _ *http.Request) error {
-			c.Protocol = c.Protocol[:min(len(c.Protocol), 1)]
-			return nil
-		},
-		Handler: func(*websocket.Conn) {
-			err := serve(h.link, h.inbox)
-			h.link.log.Info("websocket ended", "err", err)
-		},
-	}.ServeHTTP(h, r)
-}
-
-// hijacker makes a link of the connection that x/net upgrades.
-type hijacker struct {
-	http.ResponseWriter
-	log   *slog.Logger
-	link  *link
-	inbox *inbox
-}
-
-// Hijack implements http.Hijacker.
-func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
-	if err != nil {
-		return nil, nil, err
-	}
-	conn.SetWriteDeadline(time.Now().Add(time.Second)) // its peer may not read
-	h.link = newLink(conn, h.log)
-	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // frames that came with the request
-	h.inbox = newInbox(h.link, bytes.Clone(early), 4<<10)
-	return conn, rw, nil
 }
