@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -289,4 +290,208 @@ func (s *server) getDestination(r *http.Request) (any, error) {
 
 func (s *server) deleteDestination(r *http.Request) (any, error) {
 	return s.dropDestination(r.PathValue("id"))
+}
+
+// do carries out one command. Its answer is an object.
+func (s *server) do(command []byte) (any, error) {
+	if len(command) > maxBody {
+		return nil, invalid("command: more than %d bytes", maxBody)
+	}
+	var c struct {
+		Verb  string          `json:"verb"`
+		What  string          `json:"what"`
+		Which string          `json:"which"`
+		Rule  json.RawMessage `json:"rule"`
+		Ref   json.RawMessage `json:"ref"`
+	}
+	if err := decode(command, &c); err != nil {
+		return nil, err
+	}
+	if report := reports[c.Verb]; report != nil {
+		v, err := report(s)
+		return map[string]any{c.Verb: v}, err
+	}
+	if c.Verb == "add" && (c.What == "stream" || c.What == "destination") && c.Rule == nil {
+		return nil, invalid(`add %s: "rule" is missing`, c.What)
+	}
+	switch c.Verb + " " + c.What {
+	case "add stream":
+		var rule streamRule
+		if err := decode(c.Rule, &rule); err != nil {
+			return nil, err
+		}
+		return s.rules.setStream(rule)
+	case "add destination":
+		var rule destinationRule
+		if err := decode(c.Rule, &rule); err != nil {
+			return nil, err
+		}
+		rule, err := s.rules.setDestination(rule)
+		return rule.shown(), err
+	case "list stream":
+		return s.listStream(c.Which)
+	case "list destination":
+		return s.listDestination(c.Which)
+	case "delete stream":
+		return deleted(s.dropStream(c.Which))
+	case "delete destination":
+		if c.Which == controlID {
+			return nil, invalid("Cannot delete %s", controlID)
+		}
+		return deleted(s.dropDestination(c.Which))
+	}
+	switch c.Verb {
+	case "add", "list", "delete":
+		return nil, invalid("%s %.40q: it must be stream or destination", c.Verb, c.What)
+	}
+	return nil, invalid("verb %.40q: there is no such command", c.Verb)
+}
+
+// reports are the commands that are nothing but a verb; the answer is an
+// object with the verb as its one key.
+var reports = map[string]func(*server) (any, error){
+	"healthcheck": func(*server) (any, error) { return "ok", nil },
+	"devices":     func(s *server) (any, error) { return listDevices("/", s.port) },
+	"stats":       func(s *server) (any, error) { return s.stats(), nil },
+}
+
+func (s *server) listStream(which string) (any, error) {
+	if which == "all" {
+		return s.rules.allStreams(), nil
+	}
+	name, err := cleanStream(which)
+	if err != nil {
+		return nil, err
+	}
+	feeds, err := s.rules.stream(name)
+	if errors.Is(err, errNotFound) {
+		err = nil
+	}
+	return map[string][]string{"feeds": feeds}, err
+}
+
+func (s *server) listDestination(which string) (any, error) {
+	switch {
+	case which == "all":
+		return s.shownDestinations(), nil
+	case which == controlID && s.control != nil:
+		return s.control.rule.shown(), nil
+	}
+	name, err := cleanName("id", which)
+	if err != nil {
+		return nil, err
+	}
+	rule, err := s.rules.destination(name)
+	return rule.shown(), err
+}
+
+// dropStream deletes a stream, or all, and returns what it has deleted.
+func (s *server) dropStream(which string) (string, error) {
+	if which == "all" {
+		return "deleteAll", s.rules.deleteStreams()
+	}
+	name, err := cleanStream(which)
+	if err != nil {
+		return "", err
+	}
+	return name, s.rules.deleteStream(name)
+}
+
+// dropDestination deletes a destination, or all, and returns what it has deleted.
+func (s *server) dropDestination(which string) (string, error) {
+	if which == "all" {
+		return "deleteAll", s.rules.deleteDestinations()
+	}
+	name, err := cleanName("id", which)
+	if err != nil {
+		return "", err
+	}
+	return name, s.rules.deleteDestination(name)
+}
+
+func deleted(what string, err error) (any, error) { return map[string]string{"deleted": what}, err }
+
+func (s *server) getStats(*http.Request) (any, error) { return s.stats(), nil }
+
+// getMetrics answers in Prometheus' text format 0.0.4.
+func (s *server) getMetrics(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(bodyTimeout))
+	w.Write(s.stats().metrics())
+}
+
+// getDevices lists the devices; their lines post to where the call came in.
+func (s *server) getDevices(r *http.Request) (any, error) {
+	var port int
+	if a, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr); ok {
+		port = a.Port
+	}
+	d, err := listDevices("/", port)
+	if errors.Is(err, errNotLinux) {
+		return nil, httpError{http.StatusNotImplemented, err.Error()}
+	}
+	return d, err
+}
+
+// login gives the cookie for the token.
+func (s *server) login(w http.ResponseWriter, r *http.Request) {
+	http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
+	var given struct {
+		Token string `json:"token"`
+	}
+	if err := body(r, &given); err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	if s.token == "" || !s.isToken(given.Token) {
+		s.refuse(w, r, httpError{http.StatusUnauthorized, "this is not the value of VW_TOKEN"})
+		return
+	}
+	http.SetCookie(w, &http.Cookie{
+		Name: cookieName, Value: s.session(), Path: "/", MaxAge: int(cookieAge.Seconds()),
+		HttpOnly: true, SameSite: http.SameSiteStrictMode,
+		// The page came by TLS, whatever the proxy tells of it.
+		Secure: strings.HasPrefix(r.Header.Get("Origin"), "https:"),
+	})
+	w.Header().Set("Cache-Control", "no-store")
+	answer(w, http.StatusOK, "ok")
+}
+
+// events sends the stats as server-sent events: at once, then every second,
+// until the listener leaves, stops reading or vw ends.
+func (s *server) events(w http.ResponseWriter, r *http.Request) {
+	leave, err := s.door.reader(r)
+	if err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	defer leave()
+	w.Header().Set("Content-Type", "text/event-stream")
+	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("X-Accel-Buffering", "no") // nginx would wait for more
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	if r.Method == http.MethodHead {
+		return
+	}
+	c := http.NewResponseController(w)
+	tick := time.NewTicker(eventsEvery)
+	defer tick.Stop()
+	for {
+		b, err := json.Marshal(s.stats()) // one line
+		if err != nil {
+			panic(err) // what we answer can be encoded
+		}
+		c.SetWriteDeadline(time.Now().Add(maxStall))
+		fmt.Fprintf(w, "data: %s\n\n", b)
+		if c.Flush() != nil {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-r.Context().Done():
+			return
+		case <-s.ctx.Done():
+			return
+		}
+	}
 }

@@ -17,8 +17,6 @@ import (
 	"io"
 	"io/fs"
 	"math"
-	"net"
-	"net/http"
 	"os"
 	"path"
 	"path/filepath"
@@ -437,17 +435,4 @@ func printDevices(asJSON bool, port int, stdout, stderr io.Writer) int {
 		return 1
 	}
 	return 0
-}
-
-// getDevices lists the devices; their lines post to where the call came in.
-func (s *server) getDevices(r *http.Request) (any, error) {
-	var port int
-	if a, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr); ok {
-		port = a.Port
-	}
-	d, err := listDevices("/", port)
-	if errors.Is(err, errNotLinux) {
-		return nil, httpError{http.StatusNotImplemented, err.Error()}
-	}
-	return d, err
 }

@@ -9,8 +9,6 @@ package main
 
 import (
 	"embed"
-	"encoding/json"
-	"fmt"
 	"html"
 	"net/http"
 	"net/url"
@@ -128,67 +126,4 @@ func (s *server) getPlayer(w http.ResponseWriter, r *http.Request) {
 	}
 	s.pageHeader(w, r)
 	http.ServeFile(w, r, s.player.file)
-}
-
-// login gives the cookie for the token.
-func (s *server) login(w http.ResponseWriter, r *http.Request) {
-	http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
-	var given struct {
-		Token string `json:"token"`
-	}
-	if err := body(r, &given); err != nil {
-		s.refuse(w, r, err)
-		return
-	}
-	if s.token == "" || !s.isToken(given.Token) {
-		s.refuse(w, r, httpError{http.StatusUnauthorized, "this is not the value of VW_TOKEN"})
-		return
-	}
-	http.SetCookie(w, &http.Cookie{
-		Name: cookieName, Value: s.session(), Path: "/", MaxAge: int(cookieAge.Seconds()),
-		HttpOnly: true, SameSite: http.SameSiteStrictMode,
-		// The page came by TLS, whatever the proxy tells of it.
-		Secure: strings.HasPrefix(r.Header.Get("Origin"), "https:"),
-	})
-	w.Header().Set("Cache-Control", "no-store")
-	answer(w, http.StatusOK, "ok")
-}
-
-// events sends the stats as server-sent events: at once, then every second,
-// until the listener leaves, stops reading or vw ends.
-func (s *server) events(w http.ResponseWriter, r *http.Request) {
-	leave, err := s.door.reader(r)
-	if err != nil {
-		s.refuse(w, r, err)
-		return
-	}
-	defer leave()
-	w.Header().Set("Content-Type", "text/event-stream")
-	w.Header().Set("Cache-Control", "no-store")
-	w.Header().Set("X-Accel-Buffering", "no") // nginx would wait for more
-	w.Header().Set("X-Content-Type-Options", "nosniff")
-	if r.Method == http.MethodHead {
-		return
-	}
-	c := http.NewResponseController(w)
-	tick := time.NewTicker(eventsEvery)
-	defer tick.Stop()
-	for {
-		b, err := json.Marshal(s.stats()) // one line
-		if err != nil {
-			panic(err) // what we answer can be encoded
-		}
-		c.SetWriteDeadline(time.Now().Add(maxStall))
-		fmt.Fprintf(w, "data: %s\n\n", b)
-		if c.Flush() != nil {
-			return
-		}
-		select {
-		case <-tick.C:
-		case <-r.Context().Done():
-			return
-		case <-s.ctx.Done():
-			return
-		}
-	}
 }

@@ -8,7 +8,6 @@ package main
 import (
 	"fmt"
 	"maps"
-	"net/http"
 	"os"
 	"runtime"
 	"runtime/metrics"
@@ -65,15 +64,6 @@ func descriptors() int {
 		return -1
 	}
 	return len(names) - 1 // without d
-}
-
-func (s *server) getStats(*http.Request) (any, error) { return s.stats(), nil }
-
-// getMetrics answers in Prometheus' text format 0.0.4.
-func (s *server) getMetrics(w http.ResponseWriter, r *http.Request) {
-	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(bodyTimeout))
-	w.Write(s.stats().metrics())
 }
 
 // metrics returns all as metrics.
