@@ -29,11 +29,6 @@ type control struct {
 	server       *server
 }
 
-// control returns the rule of the control link.
-func (s settings) control() destinationRule {
-	return destinationRule{ID: controlID, Stream: "api", Destination: s.api, Token: s.apiToken}
-}
-
 // startControl keeps a control link up until s ends. The rule is clean.
 func (s *server) startControl(rule destinationRule) {
 	r := s.rules

@@ -380,3 +380,8 @@ func edits(a, b string) int {
 	}
 	return row[len(b)]
 }
+
+// control returns the rule of the control link.
+func (s settings) control() destinationRule {
+	return destinationRule{ID: controlID, Stream: "api", Destination: s.api, Token: s.apiToken}
+}
