@@ -41,7 +41,7 @@ func startBrowser(t *testing.T, args ...string) *browser {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(tool(t, "chromium"), append(args, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+	cmd := exec.Command(needs(t, "chromium"), append(args, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--user-data-dir="+dir,
 		"--autoplay-policy=no-user-gesture-required", "--window-size=800,600", "--remote-debugging-pipe", "about:blank")...)
 	cmd.ExtraFiles = []*os.File{theirs, theirs2} // 3 and 4

@@ -191,6 +191,7 @@ func (s split) Read(p []byte) (int, error) {
 // videoClip returns three seconds of video as the owner's ffmpeg makes it.
 func videoClip(t *testing.T) []byte {
 	t.Helper()
+	needs(t, "ffmpeg")
 	b, err := readClip()
 	if err != nil {
 		t.Fatal(err)
@@ -215,7 +216,7 @@ var readClip = sync.OnceValues(func() ([]byte, error) {
 // startFFmpeg starts ffmpeg; it is silent unless something is wrong.
 func startFFmpeg(t *testing.T, args ...[]string) *process {
 	t.Helper()
-	return start(t, "ffmpeg", exec.Command(tool(t, "ffmpeg"), slices.Concat([]string{"-nostdin", "-v", "error"}, slices.Concat(args...))...))
+	return start(t, "ffmpeg", exec.Command(needs(t, "ffmpeg"), slices.Concat([]string{"-nostdin", "-v", "error"}, slices.Concat(args...))...))
 }
 
 // clip is what ffmpeg makes of a test picture, a message a frame.
@@ -229,7 +230,7 @@ func ffmpegClip(t *testing.T, kbit, n int) clip {
 	t.Helper()
 	rate := fmt.Sprint(kbit, "k")
 	// Noise makes ffmpeg need the bits.
-	out, err := exec.Command("ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc2=size=640x480:rate=25,noise=alls=40:allf=t", "-t", fmt.Sprint(n),
+	out, err := exec.Command(needs(t, "ffmpeg"), "-v", "error", "-f", "lavfi", "-i", "testsrc2=size=640x480:rate=25,noise=alls=40:allf=t", "-t", fmt.Sprint(n),
 		"-codec:v", "mpeg1video", "-b:v", rate, "-minrate", rate, "-maxrate", rate, "-bufsize", "400k", "-bf", "0", "-g", "12", "-f", "mpegts", "-").Output()
 	if err != nil {
 		t.Fatal("ffmpeg: ", err)
@@ -273,7 +274,7 @@ func (c clip) film(ctx context.Context, x *mux, name string, tasks *sync.WaitGro
 // decodesCleanly fails the test unless ffmpeg reads the file without a complaint.
 func decodesCleanly(t *testing.T, name string) {
 	t.Helper()
-	out, err := exec.Command(tool(t, "ffmpeg"), "-nostdin", "-v", "error", "-i", name, "-f", "null", "-").CombinedOutput()
+	out, err := exec.Command(needs(t, "ffmpeg"), "-nostdin", "-v", "error", "-i", name, "-f", "null", "-").CombinedOutput()
 	if err != nil || len(out) > 0 {
 		t.Errorf("decode %s: got %v, %q, want nothing", name, err, out)
 	}
@@ -286,7 +287,7 @@ func decodes(t *testing.T, b []byte) {
 	if err := os.WriteFile(name, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.Command("ffmpeg", "-v", "error", "-i", name, "-f", "null", "-").CombinedOutput()
+	out, err := exec.Command(needs(t, "ffmpeg"), "-v", "error", "-i", name, "-f", "null", "-").CombinedOutput()
 	if err != nil || len(out) > 0 {
 		t.Errorf("ffmpeg on %d bytes: %v: %s", len(b), err, out)
 	}
@@ -296,7 +297,7 @@ func decodes(t *testing.T, b []byte) {
 // without a word.
 func decodesAll(t *testing.T, name string) {
 	t.Helper()
-	out, err := exec.Command(tool(t, "ffmpeg"), "-nostdin", "-v", "error", "-i", name, "-map", "0", "-f", "null", "-").CombinedOutput()
+	out, err := exec.Command(needs(t, "ffmpeg"), "-nostdin", "-v", "error", "-i", name, "-map", "0", "-f", "null", "-").CombinedOutput()
 	if err != nil || len(out) > 0 {
 		t.Errorf("ffmpeg decodes with %v and says %.2000q, want nothing", err, out)
 	}

@@ -90,7 +90,7 @@ func compile(t *testing.T, name string, flags ...string) (path string) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), name)
 	args := append(flags, "-Wall", "-Wextra", "-Werror", "-o", path, "testdata/v4l2/"+name+".c")
-	if out, err := exec.Command(tool(t, "gcc"), args...).CombinedOutput(); err != nil {
+	if out, err := exec.Command(needs(t, "gcc"), args...).CombinedOutput(); err != nil {
 		t.Fatalf("gcc: %v\n%s", err, out)
 	}
 	return path
@@ -102,6 +102,7 @@ func listOf(t *testing.T, root string, args ...string) string {
 	if runtime.GOARCH != "amd64" {
 		t.Fatalf("this test runs the binary for linux/amd64, here is %s", runtime.GOARCH)
 	}
+	cameras := compile(t, "cameras")
 	b, err := os.ReadFile(build(t, "linux/amd64"))
 	if err != nil {
 		t.Fatal(err)
@@ -109,7 +110,7 @@ func listOf(t *testing.T, root string, args ...string) string {
 	if err := os.WriteFile(filepath.Join(root, "vw"), b, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	c := exec.Command(compile(t, "cameras"), append([]string{root, "/vw", "devices"}, args...)...)
+	c := exec.Command(cameras, append([]string{root, "/vw", "devices"}, args...)...)
 	c.Env = []string{"VW_PORT=8889"}
 	out, err := c.CombinedOutput()
 	if err != nil {
@@ -240,13 +241,13 @@ func TestLayout(t *testing.T) {
 		fmt.Println("compared on", runtime.GOARCH, unsafe.Sizeof(uintptr(0)))
 		return
 	}
-	name := filepath.Join(t.TempDir(), "arm64.test")
+	qemu, name := needs(t, "qemu-aarch64-static"), filepath.Join(t.TempDir(), "arm64.test")
 	c := exec.Command("go", "test", "-c", "-vet=off", "-o", name, ".")
 	c.Env = append(os.Environ(), "GOOS=linux", "GOARCH=arm64", "CGO_ENABLED=0", "GOFLAGS=")
 	if out, err := c.CombinedOutput(); err != nil {
 		t.Fatalf("go test -c for arm64: %v\n%s", err, out)
 	}
-	c = exec.Command(tool(t, "qemu-aarch64-static"), name, "-test.run=^TestLayout$")
+	c = exec.Command(qemu, name, "-test.run=^TestLayout$")
 	c.Env = append(os.Environ(), "VW_LAYOUT="+want)
 	if out, err := c.CombinedOutput(); err != nil || !strings.Contains(string(out), "compared on arm64 8") {
 		t.Errorf("on arm64: got %v\n%s", err, out)

@@ -87,7 +87,7 @@ func TestPerSecond(t *testing.T) {
 func TestLinesInShell(t *testing.T) {
 	for _, name := range []string{"/dev/video0", "a b", "it's", "'", "$(echo x)", "`echo x`", `\`, "a;b", "a\nb", "~", "*", "&", "#", "-x", `"`, ""} {
 		c := cameraInfo{Path: name}
-		out, err := exec.Command("sh", "-c", `ffmpeg() { printf '%s\0' "$@"; }; `+c.line()).Output()
+		out, err := exec.Command(needs(t, "sh"), "-c", `ffmpeg() { printf '%s\0' "$@"; }; `+c.line()).Output()
 		args := strings.Split(string(out), "\x00")
 		want := []string{"-f", "v4l2", "-framerate", "25", "-video_size", "640x480", "-i", name}
 		if err != nil || len(args) < len(want) || !slices.Equal(args[:len(want)], want) {
@@ -117,7 +117,7 @@ func TestLinesInREADME(t *testing.T) {
 func TestInputs(t *testing.T) {
 	known := make(map[string]bool)
 	for _, list := range []string{"-pix_fmts", "-decoders"} {
-		out, err := exec.Command(tool(t, "ffmpeg"), "-hide_banner", list).Output()
+		out, err := exec.Command(needs(t, "ffmpeg"), "-hide_banner", list).Output()
 		if err != nil {
 			t.Fatal(err)
 		}

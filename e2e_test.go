@@ -2,8 +2,8 @@
 // not ours (testdata/relay), directly and through nginx, haproxy and caddy.
 //
 // What a relay got is judged by a reader of transport streams that shares no
-// code with the product. Nothing is skipped: a tool that is missing fails.
-// Every test ends what it starts, and vw must always end with status 0.
+// code with the product. Every test ends what it starts, and vw must always end
+// with status 0.
 
 package main
 
@@ -303,10 +303,7 @@ func TestE2EBurst(t *testing.T) {
 		relays = 4
 		block  = 25_000 // bytes, about one a millisecond
 	)
-	duration := 3 * time.Second
-	if *long {
-		duration = 10 * time.Second
-	}
+	duration := scaled(time.Second, 3*time.Second, 10*time.Second)
 	v := startVW(t, "VW_MAXLAG=5s") // a machine that stops for half a second is not what is judged
 	var rs []*relayProcess
 	for i := range relays {
@@ -489,7 +486,7 @@ func TestE2EStaticBinaries(t *testing.T) {
 func TestE2EArm64(t *testing.T) {
 	t.Parallel()
 	r := startRelay(t, "127.0.0.1:0")
-	v := startVWCommand(t, exec.Command(tool(t, "qemu-aarch64-static"), build(t, "linux/arm64"), "stream"))
+	v := startVWCommand(t, exec.Command(needs(t, "qemu-aarch64-static"), build(t, "linux/arm64"), "stream"))
 	v.send(t, "0", "video0", "ws://"+r.addr)
 	tap := startTap(t, v.addr)
 	startFFmpeg(t, realTime, videoInput, threeSecs, videoCodec, []string{"http://" + tap.addr + "/ts/video0"}).endsItself(t, startupTime)

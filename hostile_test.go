@@ -299,7 +299,7 @@ func TestHostileClients(t *testing.T) {
 // TestFewDescriptors: who holds all that vw may have does not lock others out.
 func TestFewDescriptors(t *testing.T) {
 	t.Parallel()
-	v := startVWCommand(t, exec.Command("sh", "-c", `ulimit -n 40 && exec "$0" stream`, build(t, "linux/amd64")))
+	v := startVWCommand(t, exec.Command(needs(t, "sh"), "-c", `ulimit -n 40 && exec "$0" stream`, build(t, "linux/amd64")))
 	for i := range 200 {
 		conn, err := net.Dial("tcp", v.addr)
 		if err != nil {

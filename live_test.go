@@ -204,7 +204,8 @@ func TestMute(t *testing.T) {
 	tasks.Go(func() { load(ctx, r, "video0") })
 	tasks.Go(func() { load(ctx, r, "audio0") })
 	var marks []int // bytes written when a mute returned, when unmute was called, and so on
-	slowest := mutes(t, r, 1000, 5*time.Millisecond, func(bool) { marks = append(marks, conn.Load().len()) })
+	rounds := scaled(200, 1000, 1000)
+	slowest := mutes(t, r, rounds, 5*time.Millisecond, func(bool) { marks = append(marks, conn.Load().len()) })
 	marks = marks[:len(marks)-len(marks)%2]
 	if slowest > 100*time.Millisecond {
 		t.Errorf("a call took %v, want 100 ms at most", slowest)
@@ -238,7 +239,7 @@ func TestMute(t *testing.T) {
 			wrong++
 		}
 	}
-	if audio < 500 {
+	if audio < rounds/2 {
 		t.Errorf("only %d messages of audio were sent: the test shows nothing", audio)
 	}
 	if wrong > 0 {
@@ -247,7 +248,7 @@ func TestMute(t *testing.T) {
 	if len(check.problems) > 0 {
 		t.Errorf("got %d problems: %q", len(check.problems), check.problems[:min(len(check.problems), 5)])
 	}
-	t.Logf("the slowest of 2000 calls took %v; %d messages of audio", slowest, audio)
+	t.Logf("the slowest of %d calls took %v; %d messages of audio", 2*rounds, slowest, audio)
 }
 
 // hasAudio tells whether b has packets of the audio of check's program.
@@ -298,10 +299,7 @@ func TestMuteSeen(t *testing.T) {
 			tasks.Go(func() { load(ctx, r, "video0") })
 			tasks.Go(func() { load(ctx, r, "audio0") })
 			waitFor(t, "audio", func() bool { return audio.Load() > 0 })
-			rounds := 20
-			if *long {
-				rounds = 1000
-			}
+			rounds := scaled(5, 20, 1000)
 			slowest := mutes(t, r, rounds, 150*time.Millisecond, func(muted bool) {
 				if now := time.Now(); muted {
 					since.Store(&now)
@@ -313,7 +311,7 @@ func TestMuteSeen(t *testing.T) {
 			if slowest > 100*time.Millisecond {
 				t.Errorf("a call took %v, want 100 ms at most", slowest)
 			}
-			if late.Load() > 0 || audio.Load() < 100 {
+			if late.Load() > 0 || audio.Load() < int64(rounds) {
 				t.Errorf("%d messages of %d with audio came late", late.Load(), audio.Load())
 			}
 			if len(check.problems) > 0 {
@@ -336,7 +334,7 @@ func TestDeleteStalled(t *testing.T) {
 	defer l.Close()
 	l.(*net.TCPListener).SetDeadline(time.Now().Add(time.Minute))
 	var worst time.Duration
-	for i := range 100 {
+	for i := range scaled(20, 100, 100) {
 		r.to(t, "0", "video0", "ws://"+l.Addr().String())
 		conn, err := l.Accept()
 		if err != nil {
@@ -428,7 +426,7 @@ func TestPathDown(t *testing.T) {
 	t.Cleanup(func() { sh("ip netns del vwtest") })
 	sh("ip addr add 198.51.100.1/30 dev vwtest0 && ip link set vwtest0 up")
 	sh("ip -n vwtest addr add 198.51.100.2/30 dev vwtest1 && ip -n vwtest link set vwtest1 up")
-	relay := start(t, "relay", exec.Command("ip", "netns", "exec", "vwtest", build(t, "relay"), "-listen", "198.51.100.2:8080", "-index", t.TempDir()+"/index"))
+	relay := start(t, "relay", exec.Command(needs(t, "ip"), "netns", "exec", "vwtest", build(t, "relay"), "-listen", "198.51.100.2:8080", "-index", t.TempDir()+"/index"))
 	relay.expect(t, 0, 5*time.Second, `198\.51`)
 
 	var log logBuffer

@@ -377,6 +377,7 @@ func (b pageBrowser) look(t *testing.T, name string) {
 // npmPlayer is the file of JSMpeg in its npm package.
 func npmPlayer(t *testing.T) string {
 	t.Helper()
+	needs(t, "npm")
 	if out, err := exec.Command("testdata/player/install.sh").CombinedOutput(); err != nil {
 		t.Fatalf("install JSMpeg: %v\n%s", err, out)
 	}

@@ -77,10 +77,7 @@ func TestProgramPairs(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			duration := 5
-			if *long {
-				duration = 30
-			}
+			duration := scaled(5, 5, 30)
 			s := startStream(t, len(tt.feeds))
 			var taps []*tap
 			var ffmpegs []*process
@@ -163,10 +160,8 @@ func feedURL(addr string, feed int) string { return fmt.Sprintf("http://%s/ts/fe
 // Not parallel: the moments are those at which ffmpeg, which must not wait for
 // its turn, makes a frame.
 func TestProgramAVOffset(t *testing.T) {
-	apart, duration := 3*time.Second, 9*time.Second
-	if *long {
-		apart, duration = 7*time.Second, 60*time.Second
-	}
+	apart := scaled(3*time.Second, 3*time.Second, 7*time.Second)
+	duration := scaled(9*time.Second, 9*time.Second, time.Minute)
 	const most = 60.0 // ms
 	// Both make them in the first 200 ms of each second.
 	flash := []string{"-re", "-f", "lavfi", "-i", "color=black:size=320x240:rate=50",
@@ -246,7 +241,7 @@ func TestProgramAVOffset(t *testing.T) {
 // value; PTS in seconds.
 func onsets(t *testing.T, name, kind, filter string, threshold float64) (at []float64, span [2]float64) {
 	t.Helper()
-	out, err := exec.Command(tool(t, "ffmpeg"), "-nostdin", "-v", "quiet", "-copyts", "-i", name,
+	out, err := exec.Command(needs(t, "ffmpeg"), "-nostdin", "-v", "quiet", "-copyts", "-i", name,
 		"-map", "0:"+kind, "-"+kind+"f", filter, "-f", "null", "-").Output()
 	if err != nil {
 		t.Fatalf("ffmpeg %s: %v", filter, err)
@@ -275,10 +270,7 @@ func onsets(t *testing.T, name, kind, filter string, threshold float64) (at []fl
 // valid program with every frame that was posted.
 func TestProgramChanges(t *testing.T) {
 	t.Parallel()
-	rounds := 3
-	if *long {
-		rounds = 10
-	}
+	rounds := scaled(3, 3, 10)
 	s := startStream(t, 2)
 	inputs := [][]string{slices.Concat(realTime, videoInput, videoCodec), slices.Concat(realTime, audioInput, audioCodec)}
 	ffmpegs, taps := make([]*process, 2), make([][]*tap, 2)
@@ -404,13 +396,8 @@ func wholeFrames(t *testing.T, tp *tap) int {
 // TestProgramPlayer: JSMpeg in a browser decodes picture and tone of a stream
 // at their rates, and shows the picture.
 func TestProgramPlayer(t *testing.T) {
-	watch := 10 * time.Second
-	if *long {
-		watch = 30 * time.Second
-	}
-	if out, err := exec.Command("testdata/player/install.sh").CombinedOutput(); err != nil {
-		t.Fatalf("install JSMpeg: %v\n%s", err, out)
-	}
+	watch := scaled(10*time.Second, 10*time.Second, 30*time.Second)
+	npmPlayer(t)
 	v := startVW(t)
 	v.call(t, http.StatusOK, "POST", "/api/streams", `{"stream":"stream/demo","feeds":["video0","audio0"]}`)
 	ffmpegs := []*process{
@@ -506,7 +493,7 @@ func servePage(t *testing.T, v *vwProcess) (addr string) {
 // TestProgramCheck: the analyser finds what is wrong.
 func TestProgramCheck(t *testing.T) {
 	t.Parallel()
-	out := exec.Command(tool(t, "ffmpeg"), slices.Concat([]string{"-nostdin", "-v", "error"}, videoInput, audioInput, threeSecs,
+	out := exec.Command(needs(t, "ffmpeg"), slices.Concat([]string{"-nostdin", "-v", "error"}, videoInput, audioInput, threeSecs,
 		[]string{"-pat_period", "0.05", "-codec:a", "mp2"}, videoCodec, []string{"-"})...)
 	ts, err := out.Output()
 	if err != nil {
@@ -719,7 +706,7 @@ func (p programPID) span() float64 { return (p.LastDTS - p.FirstDTS) / 90 }
 // checkProgram analyses a file; the other arguments are those of tscheck.py.
 func checkProgram(t *testing.T, args ...string) (c programCheck) {
 	t.Helper()
-	cmd := exec.Command(tool(t, "python3"), append([]string{"testdata/tscheck.py"}, args...)...)
+	cmd := exec.Command(needs(t, "python3"), append([]string{"testdata/tscheck.py"}, args...)...)
 	var text bytes.Buffer
 	cmd.Stderr = &text
 	out, err := cmd.Output()
@@ -779,7 +766,7 @@ type programTrack struct {
 func programTracks(t *testing.T, name string) (all []programTrack) {
 	t.Helper()
 	c := checkProgram(t, name)
-	out, err := exec.Command(tool(t, "ffprobe"), "-v", "error", "-count_frames", "-of", "json",
+	out, err := exec.Command(needs(t, "ffprobe"), "-v", "error", "-count_frames", "-of", "json",
 		"-show_entries", "program=program_id:program_stream=id:stream=id,codec_name,nb_read_frames", name).CombinedOutput()
 	var probe struct {
 		Programs []struct{ Streams []struct{ ID string } }

@@ -748,7 +748,7 @@ http {
 `, dir, l.Addr(), options, server), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(tool(t, "nginx"), "-p", dir, "-c", conf, "-e", "stderr")
+	cmd := exec.Command(needs(t, "nginx"), "-p", dir, "-c", conf, "-e", "stderr")
 	cmd.Env = []string{"NGINX=3;"} // how one nginx leaves its sockets to the next
 	return startWith(t, l, "nginx", cmd)
 }
@@ -775,7 +775,7 @@ backend relay
 `, c.both, relay), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(tool(t, "haproxy"), "-db", "-f", conf)
+	cmd := exec.Command(needs(t, "haproxy"), "-db", "-f", conf)
 	return startWith(t, l, "haproxy", cmd)
 }
 
@@ -798,7 +798,7 @@ https://127.0.0.1:%d {
 `, port, c.cert, c.key, relay), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(tool(t, "caddy"), "run", "--config", conf, "--adapter", "caddyfile")
+	cmd := exec.Command(needs(t, "caddy"), "run", "--config", conf, "--adapter", "caddyfile")
 	cmd.Env = []string{"HOME=" + dir}
 	start(t, "caddy", cmd).expect(t, 0, startupTime, `serving initial configuration`)
 	return fmt.Sprintf("127.0.0.1:%d", port)
@@ -812,7 +812,7 @@ func startTinyproxy(t *testing.T, auth string) (p *process, addr string) {
 	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p = start(t, "tinyproxy", exec.Command(tool(t, "tinyproxy"), "-d", "-c", conf))
+	p = start(t, "tinyproxy", exec.Command(needs(t, "tinyproxy"), "-d", "-c", conf))
 	eventually(t, startupTime, func() error {
 		conn, err := net.Dial("tcp", "192.0.2.1:3128")
 		if err == nil {

@@ -127,10 +127,7 @@ func TestConcurrentChanges(t *testing.T) {
 	relay.start()
 	tasks.Go(func() { load(ctx, r, "video0") })
 	tasks.Go(func() { load(ctx, r, "audio0") })
-	until := time.Now().Add(3 * time.Second)
-	if *long {
-		until = time.Now().Add(time.Minute)
-	}
+	until := time.Now().Add(scaled(time.Second, 3*time.Second, time.Minute))
 	s := newServer(ctx, r, "", discardLog)
 	var callers sync.WaitGroup
 	var calls atomic.Int64

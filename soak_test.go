@@ -261,6 +261,7 @@ func (l *live) Read(p []byte) (int, error) {
 // alone runs t in a process of its own, whose goroutines and memory t may then
 // count, beside other tests. It returns whether it did: in that process it does not.
 func alone(t *testing.T) bool {
+	notShort(t, "a soak")
 	if os.Getenv("VW_TEST_ALONE") != "" {
 		return false
 	}

@@ -286,7 +286,7 @@ func TestStateSlowDisk(t *testing.T) {
 // waiting to be told.
 func TestE2EStateKill(t *testing.T) {
 	t.Parallel()
-	const rounds = 200
+	rounds := scaled(30, 200, 200)
 	file := filepath.Join(t.TempDir(), "state")
 	want := []string{"{}{}"} // one of these
 	changes, unanswered := 0, 0

@@ -189,7 +189,7 @@ func readmeUnits(t *testing.T) (names []string, units map[string]string) {
 // TestUnits: systemd has nothing to say against the units in README.md, and
 // finds them closed enough.
 func TestUnits(t *testing.T) {
-	analyze := tool(t, "systemd-analyze")
+	analyze := needs(t, "systemd-analyze")
 	dir := t.TempDir()
 	names, units := readmeUnits(t)
 	if want := "vw.service vw-video0.service"; strings.Join(names, " ") != want {

@@ -136,9 +136,31 @@ func eventually(t *testing.T, within time.Duration, f func() error) {
 	}
 }
 
-// tool returns the path of a program that must be installed.
-func tool(t *testing.T, name string) string {
+// scaled returns how much a test does: under -short, as a rule, or with -long.
+func scaled[T any](short, usual, most T) T {
+	switch {
+	case *long:
+		return most
+	case testing.Short():
+		return short
+	}
+	return usual
+}
+
+// notShort skips the test under -short, which is for what needs Go alone and
+// little time.
+func notShort(t testing.TB, why string) {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("left out with -short: ", why)
+	}
+}
+
+// needs returns the path of a program that the test starts. Under -short no
+// such test runs; without it, a program that is missing is a failure.
+func needs(t testing.TB, name string) string {
+	t.Helper()
+	notShort(t, name)
 	path, err := exec.LookPath(name)
 	if err != nil {
 		t.Fatal(err)
@@ -166,9 +188,14 @@ var builds = map[string]func() (string, error){
 	"windows/amd64": sync.OnceValues(func() (string, error) { return goBuild("windows/amd64", ".") }),
 }
 
-// build returns the path of a binary, built as it is shipped.
+// build returns the path of a binary, built as it is shipped. Under -short only
+// vw for this machine is built: other modules are downloaded, and other systems
+// take their time.
 func build(t testing.TB, target string) string {
 	t.Helper()
+	if target != "linux/amd64" {
+		notShort(t, "go build of "+target)
+	}
 	name, err := builds[target]()
 	if err != nil {
 		t.Fatal(err)
@@ -632,6 +659,7 @@ func inNamespace(t *testing.T) bool {
 		}
 		return true
 	}
+	unshare := needs(t, "unshare")
 	for _, target := range []string{"relay", "linux/amd64"} {
 		build(t, target) // in there, nothing can be downloaded
 	}
@@ -639,7 +667,7 @@ func inNamespace(t *testing.T) bool {
 	if err != nil {
 		t.Fatal(err)
 	}
-	inner := exec.Command(tool(t, "unshare"), "--map-root-user", "--net", self, "-test.run", "^"+t.Name()+"$", "-test.v", "-test.timeout", "5m")
+	inner := exec.Command(unshare, "--map-root-user", "--net", self, "-test.run", "^"+t.Name()+"$", "-test.v", "-test.timeout", "5m")
 	inner.Env = append(os.Environ(), "VW_TEST_NAMESPACE=1")
 	out, err := inner.CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
