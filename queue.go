@@ -41,14 +41,15 @@ type message struct {
 	holders atomic.Int32
 }
 
-// spare holds messages to use again: their memory is in the cache, and the
-// collector has little to do.
-var spare = sync.Pool{New: func() any { return new(message) }}
-
-const (
-	maxSpare  = 256 << 10 // bytes of payload in a message worth keeping
-	maxHeader = 14        // bytes. RFC 6455 5.2
-)
+// newMessage copies payload. The caller holds the message.
+func newMessage(payload []byte, at time.Time, info chunkInfo) *message {
+	m := spare.Get().(*message)
+	var header [maxHeader]byte
+	b := append(append(m.frame[:0], appendHeader(header[:0], opBinary, len(payload), nil)...), payload...)
+	*m = message{at: at, info: info, frame: b, size: len(payload), masked: m.masked[:0]}
+	m.holders.Store(1)
+	return m
+}
 
 // release ends one hold of m. One that is never released is left to the
 // collector.
@@ -102,15 +103,14 @@ func (m *message) preface(again bool) *message {
 	return p
 }
 
-// newMessage copies payload. The caller holds the message.
-func newMessage(payload []byte, at time.Time, info chunkInfo) *message {
-	m := spare.Get().(*message)
-	var header [maxHeader]byte
-	b := append(append(m.frame[:0], appendHeader(header[:0], opBinary, len(payload), nil)...), payload...)
-	*m = message{at: at, info: info, frame: b, size: len(payload), masked: m.masked[:0]}
-	m.holders.Store(1)
-	return m
-}
+// spare holds messages to use again: their memory is in the cache, and the
+// collector has little to do.
+var spare = sync.Pool{New: func() any { return new(message) }}
+
+const (
+	maxSpare  = 256 << 10 // bytes of payload in a message worth keeping
+	maxHeader = 14        // bytes. RFC 6455 5.2
+)
 
 // cause is why a message was dropped.
 type cause int
@@ -141,29 +141,6 @@ func (c *counters) add(d counters) {
 	for i := range d.dropped {
 		c.dropped[i] += d.dropped[i]
 	}
-}
-
-const (
-	maxQueue   = 16 << 20 // bytes queued for one reader
-	noKeyframe = 5 * time.Second
-)
-
-// item is a message in a queue. dead is set while a write that holds it is
-// in progress: it goes if the write did not begin it.
-type item struct {
-	*message
-	dead bool
-}
-
-// gate tells whether messages of one feed pass to one reader (I5).
-type gate struct {
-	open  bool
-	since time.Time // when it closed
-}
-
-// opens tells whether m may be the first of its feed after a gap.
-func (g *gate) opens(m *message) bool {
-	return m.info.key || m.info.anew || m.info.start && (!m.info.hasVideo || m.at.Sub(g.since) > noKeyframe)
 }
 
 // subscriber is the queue between a feed or stream and one reader, bounded in
@@ -484,9 +461,32 @@ func (s *subscriber) age(now time.Time) time.Duration {
 	return max(0, now.Sub(s.items[0].at))
 }
 
+// item is a message in a queue. dead is set while a write that holds it is
+// in progress: it goes if the write did not begin it.
+type item struct {
+	*message
+	dead bool
+}
+
+// gate tells whether messages of one feed pass to one reader (I5).
+type gate struct {
+	open  bool
+	since time.Time // when it closed
+}
+
+// opens tells whether m may be the first of its feed after a gap.
+func (g *gate) opens(m *message) bool {
+	return m.info.key || m.info.anew || m.info.start && (!m.info.hasVideo || m.at.Sub(g.since) > noKeyframe)
+}
+
 // progress is what wrote has to say.
 type progress struct {
 	stopped bool   // mute interrupted the write
 	partial bool   // a message is begun and not whole
 	lagged  uint64 // messages dropped behind a reader that has now caught up
 }
+
+const (
+	maxQueue   = 16 << 20 // bytes queued for one reader
+	noKeyframe = 5 * time.Second
+)
