@@ -203,10 +203,9 @@ func (c *checkup) measure(l *link, s *subscriber, ended <-chan error) {
 		s.offer(m)
 		m.release()
 	}
-	s.mu.Lock()
-	sent := int(s.counters.bytes) // handed to the kernel, all of it before the next ping
-	s.mu.Unlock()
-	acked := sent // or all that is known
+	counts, _ := s.count()
+	sent := int(counts.bytes) // handed to the kernel, all of it before the next ping
+	acked := sent             // or all that is known
 	if l.tcp != nil {
 		acked -= min(sent, unacked(l.tcp))
 	}

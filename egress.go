@@ -77,10 +77,9 @@ func (d *destination) count() (c counters, queued int) {
 	defer d.mu.Unlock()
 	c = d.past
 	if s := d.sub; s != nil {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		c.add(s.counters)
-		queued = len(s.items)
+		now, n := s.count()
+		c.add(now)
+		queued = n
 	}
 	return c, queued
 }
@@ -169,7 +168,7 @@ func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err
 		return false, err
 	}
 	s := l.subscribe(masked, d.maxLag)
-	s.live = d.isLive
+	s.whenLive(d.isLive)
 	d.mu.Lock()
 	d.link, d.sub = l, s
 	d.mu.Unlock()
@@ -319,7 +318,7 @@ func (d *destination) stats(now time.Time) *destinationStats {
 		ID: d.rule.ID, Stream: d.rule.Stream, Destination: d.shown(),
 		State: d.status.state, Since: d.status.since,
 		Bytes: c.bytes, Frames: c.frames, Messages: c.delivered, Queued: queued,
-		Dropped:    dropStats{c.dropped[dropGate], c.dropped[dropLag], c.dropped[dropBytes], c.dropped[dropMuted], c.dropped[dropEnd]},
+		Dropped:    c.drops(),
 		Reconnects: max(d.status.opened, 1) - 1,
 	}
 	if d.link != nil {
@@ -346,18 +345,9 @@ type destinationStats struct {
 	Bytes       uint64     `json:"bytes"`
 	Frames      uint64     `json:"frames"`
 	Messages    uint64     `json:"messages"`
-	Dropped     dropStats  `json:"dropped"`
-	Queued      int        `json:"queued"` // messages
+	Dropped     dropStats  `json:"dropped"` // messages
+	Queued      int        `json:"queued"`  // messages
 	QueueAge    float64    `json:"queueAge"`
 	RoundTrip   float64    `json:"roundTrip"` // of a ping; 0: not known
 	Reconnects  uint64     `json:"reconnects"`
-}
-
-// dropStats counts the messages that were dropped, by cause.
-type dropStats struct {
-	Gate  uint64 `json:"gate"`
-	Lag   uint64 `json:"lag"`
-	Bytes uint64 `json:"bytes"`
-	Muted uint64 `json:"muted"`
-	End   uint64 `json:"end"`
 }

@@ -80,11 +80,12 @@ func (l *link) cannotResume() {
 
 // subscribe returns a queue for what l is to send.
 func (l *link) subscribe(f form, maxAge time.Duration) *subscriber {
-	s := newSubscriber(f, maxAge)
-	l.wake = s.wake
+	var interrupt func()
 	if l.resumes {
-		s.interrupt = func() { l.SetWriteDeadline(past) }
+		interrupt = func() { l.SetWriteDeadline(past) }
 	}
+	s := newSubscriber(f, maxAge, interrupt)
+	l.wake = s.wake
 	return s
 }
 
@@ -169,7 +170,7 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 	ping := time.AfterFunc(l.pings, s.wake)
 	defer ping.Stop()
 	for {
-		<-s.ready
+		<-s.wakeups()
 		now := time.Now()
 		var frame []byte // one a turn: who pings us by the thousand does not hold up the media
 		if l.pings > 0 && now.Sub(pinged) >= l.pings {
@@ -309,7 +310,7 @@ func (l *link) close(why error, s *subscriber, gone, removed <-chan struct{}, qu
 	code := closeCode(why)
 	l.SetWriteDeadline(time.Now().Add(closeTimeout))
 	torn := l.torn
-	if l.iov = s.rest(l.iov[:0]); len(l.iov) > 0 {
+	if l.iov = s.unfinished(l.iov[:0]); len(l.iov) > 0 {
 		torn = torn || code != 1001 || !l.resumes
 		if !torn {
 			_, err := l.write()

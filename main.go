@@ -190,7 +190,7 @@ func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logge
 	}
 	manager.tell("READY=1")
 	g.Go(func() error {
-		manager.watch(ctx, r.mux.pass)
+		manager.watch(ctx, r.mux.tryLocks)
 		return nil
 	})
 	g.Go(func() error {

@@ -163,7 +163,7 @@ func TestCutOff(t *testing.T) {
 	clip := testClip(12, 3000)
 	clip = clip[:len(clip)-packetSize] // which told that its frame ends
 	for name, end := range map[string][]byte{"closed": appendFrame(nil, opClose, []byte{3, 0xe8}, true), "lost": nil} {
-		x, s := newMux(), newSubscriber(raw, time.Minute)
+		x, s := newMux(), newSubscriber(raw, time.Minute, nil)
 		x.join("video0", s)
 		wire := append(appendFrame(nil, opBinary, clip, true), end...)
 		err := x.publish("video0", &publisher{}, cutOff{testInbox(bytes.NewReader(wire), false)})

@@ -1,4 +1,4 @@
-// Feeds, streams and their publishers: the fan-out of messages.
+// Feeds and streams: how the messages of publishers reach the queues of readers.
 //
 // The rules: publishing never blocks, does I/O or logs (I2). Locks are taken
 // in the order mux, feed, stream, subscriber, and cover walks and queue
@@ -31,9 +31,12 @@ func newMux() *mux {
 	return &mux{epoch: time.Now().Add(-10 * time.Second), feeds: make(map[string]*feed), streams: make(map[string]*stream)}
 }
 
+// now returns the time on vw's clock.
+func (x *mux) now(at time.Time) ticks { return toTicks(at.Sub(x.epoch)) }
+
 // publish reads r until it ends, and publishes what it carries as the feed of
-// that name from its first whole frame on. nil means the proper end; else errNotTS, errReplaced, errFull or
-// what the reader said.
+// that name from its first whole frame on. It returns nil at the proper end, else
+// errNotTS, errReplaced, errFull or the error of r.
 func (x *mux) publish(name string, p *publisher, r io.Reader) error {
 	var f *feed
 	full := false
@@ -45,9 +48,11 @@ func (x *mux) publish(name string, p *publisher, r io.Reader) error {
 				p.begun()
 			}
 		}
-		if !full {
-			f.publish(p, m)
+		if full {
+			m.release()
+			return
 		}
+		f.publish(p, m, x.now(m.at))
 	})
 	defer func() {
 		if f != nil {
@@ -74,8 +79,8 @@ func (x *mux) publish(name string, p *publisher, r io.Reader) error {
 	}
 }
 
-// attach makes pub the publisher of a feed. The one before it is told to end.
-// nil: as many other feeds are published as may be.
+// attach makes pub the publisher of a feed, and tells the one before it to end.
+// It returns nil when maxPublishers other feeds are being published.
 func (x *mux) attach(name string, pub *publisher) *feed {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -91,7 +96,7 @@ func (x *mux) attach(name string, pub *publisher) *feed {
 		x.published++
 	}
 	f.pub, pub.since = pub, time.Now()
-	f.held, f.heldBytes = nil, 0
+	f.forgetHeld()
 	return f
 }
 
@@ -103,15 +108,15 @@ func (x *mux) detach(f *feed, pub *publisher) {
 	if f.pub == pub {
 		if len(f.held) > 0 {
 			at := time.Now()
-			now := toTicks(at.Sub(f.epoch))
+			now := x.now(at)
 			offset, jumped := f.clock.hurry(f.held[0].info, now)
-			f.release(at, now, offset, jumped)
+			f.publishHeld(at, now, offset, jumped)
 		}
 		f.pub, f.figures.left = nil, time.Now()
 		x.published--
 	}
 	f.mu.Unlock()
-	x.tidy(f)
+	x.forgetIdleFeed(f)
 }
 
 // join makes s a reader of the feed or stream of that name, which need not
@@ -123,37 +128,27 @@ func (x *mux) join(name string, s *subscriber) {
 		x.stream(name).join(s)
 		return
 	}
-	f := x.feed(name)
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.subs = append(f.subs, s)
+	x.feed(name).join(s)
 }
 
 // leave undoes join. Once it returns, nothing is offered to s.
 func (x *mux) leave(name string, s *subscriber) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	is := func(o *subscriber) bool { return o == s }
 	if st := x.streams[name]; st != nil {
-		st.mu.Lock()
-		st.subs = slices.DeleteFunc(st.subs, is)
-		idle := len(st.subs) == 0 && !st.ruled
-		st.mu.Unlock()
-		if idle {
-			delete(x.streams, name)
-		}
+		st.leave(s)
+		x.forgetIdleStream(st)
 	}
 	if f := x.feeds[name]; f != nil {
-		f.mu.Lock()
-		f.subs = slices.DeleteFunc(f.subs, is)
-		f.mu.Unlock()
-		x.tidy(f)
+		f.leave(s)
+		x.forgetIdleFeed(f)
 	}
 }
 
-// setStream gives a stream its feeds. When the channels it returns are closed,
-// no message of a feed that it had before and has no more will be begun (I6).
-func (x *mux) setStream(name string, feeds []string, ruled bool) (words []<-chan struct{}) {
+// setStream makes feeds those of a stream. When the channels it returns are
+// closed, no message of a feed that was removed will be begun (I6). Without ruled
+// the stream ends with its last reader.
+func (x *mux) setStream(name string, feeds []string, ruled bool) (ended []<-chan struct{}) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	st := x.stream(name)
@@ -163,58 +158,51 @@ func (x *mux) setStream(name string, feeds []string, ruled bool) (words []<-chan
 	for _, n := range feeds {
 		st.feeds = append(st.feeds, x.feed(n))
 	}
-	var gone []*feed
+	var removed []string
 	for _, f := range old {
-		if !slices.Contains(st.feeds, f) {
-			gone = append(gone, f)
-			st.muted = append(st.muted, f.name)
-			f.mu.Lock()
-			f.streams = slices.DeleteFunc(f.streams, func(o *stream) bool { return o == st })
-			f.mu.Unlock()
-			x.tidy(f)
+		if !slices.Contains(feeds, f.name) {
+			removed = append(removed, f.name)
+			f.removeStream(st)
+			x.forgetIdleFeed(f)
 		}
 	}
-	st.muted = slices.DeleteFunc(st.muted, func(name string) bool { return slices.Contains(feeds, name) })
+	st.muted = slices.DeleteFunc(append(st.muted, removed...), func(name string) bool { return slices.Contains(feeds, name) })
 	st.muted = st.muted[max(0, len(st.muted)-maxFeeds):]
-	words = st.arrange(st.feeds, gone)
+	at := time.Now()
+	ended = st.setFeeds(feeds, removed, at, x.now(at))
 	for _, f := range st.feeds {
 		if !slices.Contains(old, f) {
-			f.mu.Lock()
-			f.streams = append(f.streams, st)
-			f.mu.Unlock()
+			f.addStream(st)
 		}
 	}
-	st.mu.Lock()
-	idle := len(st.subs) == 0 && !st.ruled
-	st.mu.Unlock()
-	if idle {
-		delete(x.streams, name)
-	}
-	return words
+	x.forgetIdleStream(st)
+	return ended
 }
 
-// feed returns the feed of that name, made if need be; mu is held.
+// feed returns the feed of that name, which it makes if it does not exist; mu is
+// held.
 func (x *mux) feed(name string) *feed {
 	f := x.feeds[name]
 	if f == nil {
-		f = &feed{name: name, epoch: x.epoch}
+		f = &feed{name: name}
 		x.feeds[name] = f
 	}
 	return f
 }
 
-// stream returns the stream of that name, made if need be; mu is held.
+// stream returns the stream of that name, which it makes if it does not exist; mu
+// is held.
 func (x *mux) stream(name string) *stream {
 	st := x.streams[name]
 	if st == nil {
-		st = &stream{name: name, epoch: x.epoch}
+		st = &stream{name: name}
 		x.streams[name] = st
 	}
 	return st
 }
 
-// tidy forgets a feed that nobody has a use for; mu is held.
-func (x *mux) tidy(f *feed) {
+// forgetIdleFeed forgets a feed without publisher, readers and streams; mu is held.
+func (x *mux) forgetIdleFeed(f *feed) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if x.feeds[f.name] == f && f.pub == nil && len(f.subs) == 0 && len(f.streams) == 0 {
@@ -222,9 +210,18 @@ func (x *mux) tidy(f *feed) {
 	}
 }
 
-// pass takes each lock on the way of video once, so it does not return while
+// forgetIdleStream forgets a stream without rule and readers; mu is held.
+func (x *mux) forgetIdleStream(st *stream) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if len(st.subs) == 0 && !st.ruled {
+		delete(x.streams, st.name)
+	}
+}
+
+// tryLocks takes each lock on the way of video once, so it does not return while
 // one of them is stuck.
-func (x *mux) pass() {
+func (x *mux) tryLocks() {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	through := func(mu *sync.Mutex, subs *[]*subscriber) {
@@ -242,7 +239,7 @@ func (x *mux) pass() {
 	}
 }
 
-// stats looks at all feeds and streams.
+// stats returns the figures of all feeds, and of all streams that have a rule.
 func (x *mux) stats(now time.Time) (map[string]*feedStats, map[string]*streamStats) {
 	x.mu.Lock()
 	all := slices.Collect(maps.Values(x.feeds))
@@ -255,10 +252,8 @@ func (x *mux) stats(now time.Time) (map[string]*feedStats, map[string]*streamSta
 		for _, f := range st.feeds {
 			s.Feeds = append(s.Feeds, f.name)
 		}
-		st.mu.Lock()
-		bytes, _, _ := st.meter.rates(sample{at: now, bytes: st.bytes})
-		s.Bytes, s.BitRate = st.bytes, 8*bytes
-		st.mu.Unlock()
+		bytes, perSecond := st.rates(now)
+		s.Bytes, s.BitRate = bytes, 8*perSecond
 		streams[name] = s
 	}
 	x.mu.Unlock()
@@ -278,32 +273,31 @@ func (x *mux) stats(now time.Time) (map[string]*feedStats, map[string]*streamSta
 
 // feed is one publisher's MPEG-TS, and who reads it.
 type feed struct {
-	name  string
-	epoch time.Time // when vw's clock was 0
+	name string
 
 	mu        sync.Mutex
-	pub       *publisher // nil: nobody publishes
+	pub       *publisher // nil if nobody publishes
 	clock     clock
-	held      []*message // what streams get when the clock is ready
+	held      []*message // wait for the clock to be ready, before streams get them
 	heldBytes int
 	subs      []*subscriber
 	streams   []*stream
 	figures   feedFigures
 }
 
-// publish hands m to the readers of f, unless pub is no longer its publisher,
-// and releases it. It does not block (I2).
-func (f *feed) publish(pub *publisher, m *message) {
-	m.feed = f
+// publish hands m, which arrived now, to the readers of f and releases it. It
+// drops m if pub is no longer the publisher. It does not block (I2).
+func (f *feed) publish(pub *publisher, m *message, now ticks) {
+	m.feed = f.name
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.pub != pub {
+		m.release()
 		return
 	}
 	for _, s := range f.subs {
 		s.offer(m)
 	}
-	now := toTicks(m.at.Sub(f.epoch))
 	offset, jumped, ready := f.clock.follow(m.payload(), m.info, now, m.first)
 	f.held = append(f.held, m)
 	f.heldBytes += m.size
@@ -312,23 +306,56 @@ func (f *feed) publish(pub *publisher, m *message) {
 		ready = true
 	}
 	if ready {
-		f.release(m.at, now, offset, jumped)
+		f.publishHeld(m.at, now, offset, jumped)
 	}
 }
 
-// release hands what was held to the streams, as of now; mu is held.
-func (f *feed) release(at time.Time, now, offset ticks, jumped bool) {
+// publishHeld hands what was held to the streams, as of now; mu is held.
+func (f *feed) publishHeld(at time.Time, now, offset ticks, jumped bool) {
 	for i, m := range f.held {
 		for _, st := range f.streams {
 			st.publish(m, at, now, offset, jumped && i == 0)
 		}
+	}
+	f.forgetHeld()
+}
+
+// forgetHeld releases what was held; mu is held.
+func (f *feed) forgetHeld() {
+	for _, m := range f.held {
 		m.release()
 	}
 	clear(f.held)
 	f.held, f.heldBytes = f.held[:0], 0
 }
 
-// account takes what the framer of pub has counted.
+func (f *feed) join(s *subscriber) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.subs = append(f.subs, s)
+}
+
+func (f *feed) leave(s *subscriber) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.subs = slices.DeleteFunc(f.subs, func(o *subscriber) bool { return o == s })
+}
+
+// addStream makes st get what f publishes.
+func (f *feed) addStream(st *stream) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.streams = append(f.streams, st)
+}
+
+// removeStream undoes addStream. Once it returns, f publishes nothing to st.
+func (f *feed) removeStream(st *stream) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.streams = slices.DeleteFunc(f.streams, func(o *stream) bool { return o == st })
+}
+
+// account adds what the framer of pub has counted since the last call.
 func (f *feed) account(pub *publisher, fr *framer) {
 	n := fr.counts
 	fr.counts = feedCounts{}
@@ -350,7 +377,8 @@ func (f *feed) account(pub *publisher, fr *framer) {
 	}
 }
 
-// state is how a feed is, in a word, and since when.
+// state returns the state of f in a word, and since when it has been that; mu is
+// held.
 func (f *feed) state(now time.Time) (string, time.Time) {
 	g := &f.figures
 	switch {
@@ -371,7 +399,7 @@ func (f *feed) state(now time.Time) (string, time.Time) {
 	return "live", f.pub.since
 }
 
-// stats looks at feed, which is locked meanwhile.
+// stats returns the figures of f.
 func (f *feed) stats(now time.Time) *feedStats {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -398,11 +426,12 @@ func (f *feed) stats(now time.Time) *feedStats {
 // stream is a named set of feeds as one program, and who reads it. It exists
 // while it has a rule or a reader.
 type stream struct {
-	name  string
-	epoch time.Time
-	ruled bool     // guarded by mux.mu
-	feeds []*feed  // guarded by mux.mu
-	muted []string // feeds that the rule had, guarded by mux.mu
+	name string
+
+	// guarded by mux.mu
+	ruled bool
+	feeds []*feed
+	muted []string // feeds that the rule had and has no more
 
 	mu    sync.Mutex
 	remux remuxer
@@ -418,7 +447,7 @@ func (st *stream) publish(m *message, at time.Time, now, offset ticks, jumped bo
 	defer st.mu.Unlock()
 	src := st.remux.source(m.feed)
 	if src == nil || m.info.program == nil || m.at.Before(src.since) {
-		return // or held while the feed was muted
+		return // the last: it was held while the feed was not in the stream
 	}
 	if m.first {
 		src.gate = gate{since: m.at}
@@ -448,12 +477,15 @@ func (st *stream) publish(m *message, at time.Time, now, offset ticks, jumped bo
 	}
 }
 
-// sendPSI is called with mu held.
+// sendPSI sends the program map and a PCR, as of now; mu is held.
 func (st *stream) sendPSI(at time.Time, now ticks) {
 	info := chunkInfo{start: true, lead: true, marks: st.remux.psiMarks()}
-	st.offer(newMessage(st.remux.appendPSI(nil, now), at, info))
+	m := newMessage(st.remux.appendPSI(nil, now), at, info)
+	st.offer(m)
+	m.release()
 }
 
+// offer hands m to the readers; mu is held.
 func (st *stream) offer(m *message) {
 	st.meter.add(sample{at: m.at, bytes: st.bytes})
 	st.bytes += uint64(m.size)
@@ -462,39 +494,54 @@ func (st *stream) offer(m *message) {
 	}
 }
 
-// arrange makes feeds those of the stream, in their order. Every reader drops
-// what it holds of those in gone; the channels tell when no write holds any
-// (I6). The feeds in gone no longer publish to st.
-func (st *stream) arrange(feeds, gone []*feed) (words []<-chan struct{}) {
+// setFeeds makes feeds those of the stream, in their order. Every reader drops
+// what it holds of those in removed, which publish to st no more; the channels
+// are closed when no write holds any (I6).
+func (st *stream) setFeeds(feeds, removed []string, at time.Time, now ticks) (ended []<-chan struct{}) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	at := time.Now()
 	for _, s := range st.subs {
-		for _, f := range gone {
-			if w := s.mute(f); w != nil {
-				words = append(words, w)
+		for _, f := range removed {
+			if w := s.removeFeed(f); w != nil {
+				ended = append(ended, w)
 			}
 		}
 	}
 	if st.remux.arrange(feeds, at) && len(st.remux.psi) > 0 {
-		st.sendPSI(at, toTicks(at.Sub(st.epoch)))
+		st.sendPSI(at, now)
 	}
-	return words
+	return ended
 }
 
-// join gives s the last PSI, then what comes.
+// join makes s a reader, which gets the last PSI first.
 func (st *stream) join(s *subscriber) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if len(st.remux.psi) > 0 {
-		s.offer(newMessage(st.remux.psi, time.Now(), chunkInfo{start: true, lead: true}))
+		m := newMessage(st.remux.psi, time.Now(), chunkInfo{start: true, lead: true})
+		s.offer(m)
+		m.release()
 	}
 	for _, src := range st.remux.sources {
 		if src.gate.open {
-			s.awaits[src.feed] = true
+			s.expect(src.feed)
 		}
 	}
 	st.subs = append(st.subs, s)
+}
+
+func (st *stream) leave(s *subscriber) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.subs = slices.DeleteFunc(st.subs, func(o *subscriber) bool { return o == s })
+}
+
+// rates returns the bytes so far, and per second lately.
+func (st *stream) rates(now time.Time) (bytes uint64, perSecond float64) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	perSecond, _, _ = st.meter.rates(sample{at: now, bytes: st.bytes})
+	return st.bytes, perSecond
 }
 
 // feedFigures are what is known of a feed. Guarded by feed.mu.
@@ -538,7 +585,7 @@ type publisherStats struct {
 type streamStats struct {
 	Feeds   []string `json:"feeds"`
 	Present []string `json:"present"`
-	Muted   []string `json:"muted"` // were in the rule, and are not now
+	Muted   []string `json:"muted"` // feeds that the rule had and has no more
 	Bytes   uint64   `json:"bytes"`
 	BitRate float64  `json:"bitRate"`
 }
@@ -549,19 +596,19 @@ const (
 	keylessFor  = 10 * time.Second
 )
 
-// sample is where counters stood.
+// sample is where counters stood at a time.
 type sample struct {
 	at                       time.Time
 	bytes, frames, keyframes uint64
 }
 
-// meter tells rates over the last 4 to 5 s. Its zero value is ready.
+// meter measures rates over the last 4 to 5 s. The zero value is ready for use.
 type meter struct {
 	ring [6]sample // one a second
 	last int
 }
 
-// add tells m where the counters stood before what came at s.at.
+// add notes where the counters stood before what came at s.at.
 func (m *meter) add(s sample) {
 	switch gap := s.at.Sub(m.ring[m.last].at); {
 	case gap > meterGap:
@@ -573,7 +620,7 @@ func (m *meter) add(s sample) {
 	}
 }
 
-// rates returns what came each second until s.
+// rates returns what came per second until s.
 func (m *meter) rates(s sample) (bytes, frames, keyframes float64) {
 	oldest := m.ring[(m.last+1)%len(m.ring)]
 	if oldest.at.IsZero() {
@@ -586,4 +633,5 @@ func (m *meter) rates(s sample) (bytes, frames, keyframes float64) {
 	return float64(s.bytes-oldest.bytes) / t, float64(s.frames-oldest.frames) / t, float64(s.keyframes-oldest.keyframes) / t
 }
 
-const meterGap = 5 * time.Second // without anything; older samples say nothing then
+// meterGap is a pause after which older samples say nothing about the rate.
+const meterGap = 5 * time.Second

@@ -13,7 +13,7 @@ import (
 func TestMuxForgets(t *testing.T) {
 	x := newMux()
 	p := &publisher{interrupt: func() {}}
-	s := newSubscriber(raw, time.Second)
+	s := newSubscriber(raw, time.Second, nil)
 	f := x.attach("video0", p)
 	x.setStream("stream/a", []string{"video0", "audio0"}, true)
 	x.join("stream/a", s)
@@ -32,19 +32,19 @@ func TestMuxForgets(t *testing.T) {
 func TestReplace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		x := newMux()
-		s := newSubscriber(raw, time.Hour)
+		s := newSubscriber(raw, time.Hour, nil)
 		x.join("video0", s)
 		ended := 0
 		old, next := &publisher{interrupt: func() { ended++ }}, &publisher{interrupt: func() {}}
 		f := x.attach("video0", old)
-		f.publish(old, testMessage(nil, time.Now(), true, 188))
+		f.publish(old, testMessage("", time.Now(), true, 188), 0)
 		x.attach("video0", next)
-		f.publish(old, testMessage(nil, time.Now(), true, 188))
+		f.publish(old, testMessage("", time.Now(), true, 188), 0)
 		if len(s.items) != 1 || ended != 1 || !old.replaced.Load() {
 			t.Errorf("got %d messages, %d interrupts, want 1 and 1", len(s.items), ended)
 		}
 		x.detach(f, old)
-		f.publish(next, testMessage(nil, time.Now(), true, 188))
+		f.publish(next, testMessage("", time.Now(), true, 188), 0)
 		if len(s.items) != 2 {
 			t.Error("the newest publisher does not have the feed")
 		}

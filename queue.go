@@ -1,7 +1,7 @@
 // A chunk as one immutable message, and the queue of messages before one reader:
 // its gate, its bounds and its counters (I5, I7).
 //
-// Publishers offer messages, rule changes mute and drain, and the reader's one
+// Publishers offer messages, rule changes remove and drain, and the reader's one
 // goroutine takes what is queued. Nothing here blocks or does I/O (I2).
 
 package main
@@ -27,7 +27,7 @@ const (
 // first asked for; every method may be called from several goroutines. Its
 // memory is used again once everybody who holds it has released it.
 type message struct {
-	feed  *feed     // nil: PSI of a stream
+	feed  string    // its name; "": PSI of a stream
 	at    time.Time // when its last byte arrived
 	first bool      // the first of its publisher
 	info  chunkInfo
@@ -51,8 +51,7 @@ func newMessage(payload []byte, at time.Time, info chunkInfo) *message {
 	return m
 }
 
-// release ends one hold of m. One that is never released is left to the
-// collector.
+// release ends one hold of m, which the caller may not use any more.
 func (m *message) release() {
 	if m.holders.Add(-1) == 0 && m.size <= maxSpare {
 		spare.Put(m)
@@ -61,7 +60,7 @@ func (m *message) release() {
 
 func (m *message) payload() []byte { return m.frame[len(m.frame)-m.size:] }
 
-// wire returns the bytes that a reader of form f gets.
+// wire returns m in form f.
 func (m *message) wire(f form) []byte {
 	switch f {
 	case raw:
@@ -75,7 +74,7 @@ func (m *message) wire(f form) []byte {
 	return m.masked
 }
 
-// wireSize is len(wire(f)), without making it.
+// wireSize returns len(wire(f)) without building it.
 func (m *message) wireSize(f form) int {
 	switch f {
 	case raw:
@@ -86,9 +85,8 @@ func (m *message) wireSize(f form) int {
 	return len(m.frame) + 4
 }
 
-// preface is what a reader needs before the message that opens a gate: the
-// PSI of a feed; in a stream, when it is opened again, that the continuity
-// counters do not go on from where they were. nil: nothing.
+// preface returns the packets to send before m when a gate opens: the PSI of a
+// feed; in a stream whose gate opens again, discontinuity marks; nil if none.
 func (m *message) preface(again bool) *message {
 	var p *message
 	switch {
@@ -103,8 +101,8 @@ func (m *message) preface(again bool) *message {
 	return p
 }
 
-// spare holds messages to use again: their memory is in the cache, and the
-// collector has little to do.
+// spare holds messages to reuse: their memory is still in the processor's cache,
+// and the garbage collector has less to do.
 var spare = sync.Pool{New: func() any { return new(message) }}
 
 const (
@@ -112,7 +110,8 @@ const (
 	maxHeader = 14        // bytes. RFC 6455 5.2
 )
 
-// cause is why a message was dropped.
+// cause is why a message was dropped. A new one needs a name in causeNames:
+// JSON, metrics and logs take it from there.
 type cause int
 
 const (
@@ -125,12 +124,24 @@ const (
 	causes
 )
 
+// causeNames are what the causes are called in JSON and metrics.
+var causeNames = [causes]string{dropGate: "gate", dropLag: "lag", dropBytes: "bytes", dropMuted: "muted", dropEnd: "end"}
+
 // counters hold I7: published = delivered + dropped + queued, in messages.
-// Their zero value is ready; they are guarded by whoever holds them.
+// The zero value is ready for use. The owner guards them.
 type counters struct {
 	published, delivered uint64
 	bytes, frames        uint64 // in what was delivered
 	dropped              [causes]uint64
+}
+
+// drops returns the messages dropped by the name of each cause.
+func (c *counters) drops() dropStats {
+	d := make(dropStats, causes-1)
+	for why := kept + 1; why < causes; why++ {
+		d[causeNames[why]] = c.dropped[why]
+	}
+	return d
 }
 
 func (c *counters) add(d counters) {
@@ -144,33 +155,58 @@ func (c *counters) add(d counters) {
 }
 
 // subscriber is the queue between a feed or stream and one reader, bounded in
-// age and bytes (I5). Publishers call offer, rule changes mute and drain, and
-// the reader's one goroutine the rest. It has no end of its own: the reader
-// leaves the mux, then calls end.
+// age and bytes (I5). Publishers call offer, rule changes call removeFeed and
+// drain, and the reader's one goroutine calls the rest. It does not end by
+// itself: the reader leaves the mux, then calls end.
 type subscriber struct {
 	form      form
 	maxAge    time.Duration
-	interrupt func()        // makes the write in progress return; nil: nothing does
-	live      func()        // called, under mu, when a viewer could begin to watch; nil: nobody asks
+	interrupt func()        // makes the write in progress return; nil if nothing can
 	ready     chan struct{} // holds a token when there is something to take
 
 	mu       sync.Mutex
 	items    []item
-	bytes    int // payload in items
-	begun    int // bytes of items[0] that are written
-	inFlight int // how many of items the write in progress holds
-	gates    map[*feed]*gate
-	awaits   map[*feed]bool  // feeds of the stream that a viewer cannot watch yet
-	waiting  []chan struct{} // closed when the write in progress is over
-	stopped  bool            // mute interrupted the write in progress
-	draining bool            // takes nothing new
-	lagged   uint64          // dropped since the reader last kept up
+	bytes    int              // payload in items
+	begun    int              // bytes of items[0] that are written
+	inFlight int              // how many of items the write in progress holds
+	gates    map[string]*gate // by feed
+	expected map[string]bool  // feeds of the stream that a viewer cannot watch yet
+	onLive   func()           // called, under mu, when a viewer could begin to watch; may be nil
+	waiters  []chan struct{}  // closed when the write in progress has ended
+	stopped  bool             // removeFeed interrupted the write in progress
+	draining bool             // takes nothing new
+	lagged   uint64           // dropped since the reader last kept up
 	counters counters
 }
 
-func newSubscriber(f form, maxAge time.Duration) *subscriber {
-	return &subscriber{form: f, maxAge: maxAge, ready: make(chan struct{}, 1), gates: make(map[*feed]*gate), awaits: make(map[*feed]bool)}
+// newSubscriber returns an empty queue. interrupt makes a write in progress
+// return early; it is nil where nothing can.
+func newSubscriber(f form, maxAge time.Duration, interrupt func()) *subscriber {
+	return &subscriber{
+		form: f, maxAge: maxAge, interrupt: interrupt, ready: make(chan struct{}, 1),
+		gates: make(map[string]*gate), expected: make(map[string]bool),
+	}
 }
+
+// expect makes a viewer's picture incomplete until a message of feed that can
+// be watched is delivered.
+func (s *subscriber) expect(feed string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.expected[feed] = true
+}
+
+// whenLive makes f be called, once or more, when a viewer could begin to watch.
+// f must not block.
+func (s *subscriber) whenLive(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.onLive = f
+}
+
+// wakeups returns the channel that holds a token when there may be something
+// to take.
+func (s *subscriber) wakeups() <-chan struct{} { return s.ready }
 
 // offer queues m, or drops it and counts why. It does not block (I2).
 func (s *subscriber) offer(m *message) {
@@ -180,7 +216,7 @@ func (s *subscriber) offer(m *message) {
 		return
 	}
 	s.counters.published++
-	if !s.passes(m) {
+	if !s.pass(m) {
 		s.counters.dropped[dropGate]++
 		return
 	}
@@ -189,8 +225,9 @@ func (s *subscriber) offer(m *message) {
 	s.wake()
 }
 
-// passes works the gate of m's feed.
-func (s *subscriber) passes(m *message) bool {
+// pass reports whether m may be queued, opening or closing its feed's gate.
+// When it opens the gate, it queues the preface of m.
+func (s *subscriber) pass(m *message) bool {
 	g, again := s.gates[m.feed], true
 	if g == nil {
 		g, again = &gate{since: m.at}, false
@@ -224,16 +261,16 @@ func (s *subscriber) wake() {
 	}
 }
 
-// free is the index of the first item that may be dropped: those in the hands
-// of a write, and one that is begun, may not.
-func (s *subscriber) free() int {
+// droppable returns the index of the first item that may be dropped: neither in
+// flight nor begun.
+func (s *subscriber) droppable() int {
 	if s.inFlight == 0 && s.begun > 0 {
 		return 1
 	}
 	return s.inFlight
 }
 
-// remove takes out each item from index lo on for which why says so.
+// remove drops each item from index lo on for which why returns a cause.
 func (s *subscriber) remove(lo int, why func(item) cause) {
 	rest := s.items[:lo]
 	for _, it := range s.items[lo:] {
@@ -249,10 +286,10 @@ func (s *subscriber) remove(lo int, why func(item) cause) {
 	s.items = rest
 }
 
-// trim drops what is too old or too much, and what a decoder can't use
-// without it: up to the feed's next keyframe, in the queue or yet to come.
+// trim drops what is too old or too much, and what cannot be decoded without
+// it: all up to the feed's next keyframe, queued already or yet to come.
 func (s *subscriber) trim(now time.Time) {
-	lo := s.free()
+	lo := s.droppable()
 	if lo == len(s.items) || now.Sub(s.items[lo].at) <= s.maxAge && s.bytes <= maxQueue {
 		return
 	}
@@ -260,7 +297,7 @@ func (s *subscriber) trim(now time.Time) {
 	if s.bytes > maxQueue {
 		most = maxQueue / 2
 	}
-	cut := make(map[*feed]*gate) // feeds that lost a message, until a later one opens them again
+	cut := make(map[string]*gate) // feeds that lost a message, until a later one opens them again
 	rest := s.items[:lo]
 	for _, it := range s.items[lo:] {
 		why, g := kept, cut[it.feed]
@@ -295,15 +332,15 @@ func (s *subscriber) trim(now time.Time) {
 	clear(s.items[len(rest):])
 	s.items = rest
 	for f, g := range cut {
-		if s.gates[f] != nil { // not muted in the meantime
+		if s.gates[f] != nil { // not removed in the meantime
 			s.gates[f] = g
 		}
 	}
 }
 
 // take appends to b what to write next, and keeps it in flight until wrote:
-// whole messages of at most limit bytes together. When the first alone is
-// longer it is that one, cut at limit if cut is set.
+// whole messages of at most limit bytes together, or the first alone if it is
+// longer, cut at limit if cut is set.
 func (s *subscriber) take(b [][]byte, limit int, cut bool, now time.Time) [][]byte {
 	s.mu.Lock()
 	s.trim(now)
@@ -327,7 +364,7 @@ func (s *subscriber) take(b [][]byte, limit int, cut bool, now time.Time) [][]by
 	return b
 }
 
-// wrote ends the write of what take gave, n bytes of which were written.
+// wrote ends the write of what take returned, n bytes of which were written.
 func (s *subscriber) wrote(n int) progress {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -344,23 +381,23 @@ func (s *subscriber) wrote(n int) progress {
 		s.counters.delivered++
 		s.counters.bytes += uint64(it.size)
 		s.counters.frames += uint64(it.info.frames)
-		if s.live != nil && it.feed != nil && (it.info.key || it.info.start && !it.info.hasVideo) {
-			if delete(s.awaits, it.feed); len(s.awaits) == 0 {
-				s.live()
+		if s.onLive != nil && it.feed != "" && (it.info.key || it.info.start && !it.info.hasVideo) {
+			if delete(s.expected, it.feed); len(s.expected) == 0 {
+				s.onLive()
 			}
 		}
 		it.release()
 	}
 	s.begun, s.inFlight = n, 0
 	s.items = slices.Delete(s.items, 0, done)
-	if s.waiting != nil {
-		s.remove(s.free(), func(it item) cause {
+	if s.waiters != nil {
+		s.remove(s.droppable(), func(it item) cause {
 			if it.dead {
 				return dropMuted
 			}
 			return kept
 		})
-		s.giveWord()
+		s.releaseWaiters()
 	}
 	p := progress{stopped: s.stopped, partial: s.begun > 0}
 	s.stopped = false
@@ -373,48 +410,54 @@ func (s *subscriber) wrote(n int) progress {
 	return p
 }
 
-// mute drops what is queued of a feed, and interrupts the write in progress
-// if that holds some. When the channel it returns is closed, or at once when
-// that is nil, no message of the feed will be begun (I6). The caller holds
-// what keeps new ones from being offered.
-func (s *subscriber) mute(f *feed) <-chan struct{} {
+// removeFeed drops what is queued of a feed, and interrupts the write in
+// progress if that holds some. When the channel it returns is closed, or at once
+// when that is nil, no message of the feed will be begun (I6). The caller holds
+// the lock that keeps new ones from being offered.
+func (s *subscriber) removeFeed(feed string) <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.gates, f)
-	delete(s.awaits, f)
-	s.remove(s.free(), func(it item) cause {
-		if it.feed == f {
+	delete(s.gates, feed)
+	delete(s.expected, feed)
+	s.remove(s.droppable(), func(it item) cause {
+		if it.feed == feed {
 			return dropMuted
 		}
 		return kept
 	})
 	held := false
 	for i := range s.items[:s.inFlight] {
-		if s.items[i].feed == f {
+		if s.items[i].feed == feed {
 			s.items[i].dead, held = true, true
 		}
 	}
 	if !held {
 		return nil
 	}
-	word := make(chan struct{})
-	s.waiting = append(s.waiting, word)
+	return s.stopWrite()
+}
+
+// stopWrite interrupts the write in progress, and returns a channel that is
+// closed when it has ended; mu is held.
+func (s *subscriber) stopWrite() <-chan struct{} {
+	ended := make(chan struct{})
+	s.waiters = append(s.waiters, ended)
 	if s.interrupt != nil {
 		s.stopped = true
 		s.interrupt()
 	}
-	return word
+	return ended
 }
 
-// giveWord tells those who wait that no write is in progress.
-func (s *subscriber) giveWord() {
-	for _, w := range s.waiting {
+// releaseWaiters wakes those who wait for the write in progress: it has ended.
+func (s *subscriber) releaseWaiters() {
+	for _, w := range s.waiters {
 		close(w)
 	}
-	s.waiting = nil
+	s.waiters = nil
 }
 
-// drain lets nothing new in; ready tells when the rest may be taken.
+// drain makes s refuse new messages; what is queued can still be taken.
 func (s *subscriber) drain() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -422,16 +465,16 @@ func (s *subscriber) drain() {
 	s.wake()
 }
 
-// drained tells whether drain was called and all that was queued is written.
+// drained reports whether drain was called and all that was queued is written.
 func (s *subscriber) drained() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.draining && len(s.items) == 0
 }
 
-// rest appends what is to be written yet of a message that is begun. The
-// write must have ended, and there is none after it.
-func (s *subscriber) rest(b [][]byte) [][]byte {
+// unfinished appends the unwritten part of a message that is begun. The last
+// write must have ended.
+func (s *subscriber) unfinished(b [][]byte) [][]byte {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.begun > 0 {
@@ -441,17 +484,24 @@ func (s *subscriber) rest(b [][]byte) [][]byte {
 }
 
 // end drops what is left and returns the final counters. No write may be in
-// progress, and the mux must have let go of s.
+// progress, and the reader must have left the mux.
 func (s *subscriber) end() counters {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.inFlight, s.begun = 0, 0
 	s.remove(0, func(item) cause { return dropEnd })
-	s.giveWord()
+	s.releaseWaiters()
 	return s.counters
 }
 
-// age is how long the oldest message has been queued.
+// count returns the counters so far and how many messages are queued.
+func (s *subscriber) count() (c counters, queued int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.counters, len(s.items)
+}
+
+// age returns how long the oldest message has been queued.
 func (s *subscriber) age(now time.Time) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -461,30 +511,33 @@ func (s *subscriber) age(now time.Time) time.Duration {
 	return max(0, now.Sub(s.items[0].at))
 }
 
-// item is a message in a queue. dead is set while a write that holds it is
-// in progress: it goes if the write did not begin it.
+// item is a message in a queue. dead is set while it is in flight: it is
+// dropped if the write did not begin it.
 type item struct {
 	*message
 	dead bool
 }
 
-// gate tells whether messages of one feed pass to one reader (I5).
+// gate is whether messages of one feed pass to one reader (I5).
 type gate struct {
 	open  bool
 	since time.Time // when it closed
 }
 
-// opens tells whether m may be the first of its feed after a gap.
+// opens reports whether m may be the first of its feed after a gap.
 func (g *gate) opens(m *message) bool {
 	return m.info.key || m.info.anew || m.info.start && (!m.info.hasVideo || m.at.Sub(g.since) > noKeyframe)
 }
 
-// progress is what wrote has to say.
+// progress is the state of a queue after a write.
 type progress struct {
-	stopped bool   // mute interrupted the write
+	stopped bool   // a rule change interrupted the write
 	partial bool   // a message is begun and not whole
-	lagged  uint64 // messages dropped behind a reader that has now caught up
+	lagged  uint64 // messages dropped for a slow reader that has now caught up
 }
+
+// dropStats counts dropped messages by the name of their cause.
+type dropStats map[string]uint64
 
 const (
 	maxQueue   = 16 << 20 // bytes queued for one reader

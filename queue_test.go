@@ -8,7 +8,7 @@ import (
 )
 
 // testMessage is one frame of a feed.
-func testMessage(f *feed, at time.Time, key bool, size int) *message {
+func testMessage(f string, at time.Time, key bool, size int) *message {
 	m := newMessage(make([]byte, size), at, chunkInfo{key: key, start: true, hasVideo: true, lead: true})
 	m.feed = f
 	return m
@@ -40,9 +40,9 @@ func sum(t *testing.T, s *subscriber) counters {
 // TestQueueAge holds I5: what is older than the limit goes, up to the next
 // keyframe, in the queue or to come; and the sum of I7.
 func TestQueueAge(t *testing.T) {
-	f := &feed{}
+	f := "video0"
 	at := time.Now()
-	s := newSubscriber(raw, 500*time.Millisecond)
+	s := newSubscriber(raw, 500*time.Millisecond, nil)
 	keys := 0
 	for i := range 100 { // 4 s at 25/s, a keyframe every 480 ms; nobody takes
 		now := at.Add(time.Duration(i) * 40 * time.Millisecond)
@@ -69,8 +69,8 @@ func TestQueueAge(t *testing.T) {
 // frame; a feed without video at once.
 func TestQueueGate(t *testing.T) {
 	at := time.Now()
-	f := &feed{}
-	s := newSubscriber(raw, time.Hour)
+	f := "video0"
+	s := newSubscriber(raw, time.Hour, nil)
 	s.offer(testMessage(f, at, false, 188))
 	s.offer(testMessage(f, at.Add(5*time.Second), false, 188))
 	if len(s.items) != 0 {
@@ -87,7 +87,7 @@ func TestQueueGate(t *testing.T) {
 		t.Error("the first frame of a new publisher passed, and is no keyframe")
 	}
 	audio := newMessage(make([]byte, 188), at, chunkInfo{start: true, psi: make([]byte, 376)})
-	audio.feed = &feed{}
+	audio.feed = "audio0"
 	s.offer(audio)
 	if len(s.items) != 3 || s.items[1].size != 376 {
 		t.Errorf("got %d messages, want audio to pass at once, after its PSI", len(s.items))
@@ -97,9 +97,9 @@ func TestQueueGate(t *testing.T) {
 
 // TestQueueBytes: a burst that is too much is dropped up to a keyframe.
 func TestQueueBytes(t *testing.T) {
-	f := &feed{}
+	f := "video0"
 	at := time.Now()
-	s := newSubscriber(raw, time.Hour)
+	s := newSubscriber(raw, time.Hour, nil)
 	for i := range 40 {
 		s.offer(testMessage(f, at, i%5 == 0, 1<<20))
 		if s.bytes > maxQueue {
@@ -114,20 +114,19 @@ func TestQueueBytes(t *testing.T) {
 	}
 }
 
-// TestQueueMute holds I6 where a write is in progress: what it did not begin
-// of the muted feed goes, the rest stays in order, and the word comes after.
-func TestQueueMute(t *testing.T) {
+// TestQueueRemoveFeed holds I6 where a write is in progress: what it did not begin
+// of the removed feed goes, the rest stays in order, and the word comes after.
+func TestQueueRemoveFeed(t *testing.T) {
 	for _, written := range []int{0, 1, 1000, 1001, 2500, 3000, 4000} {
-		f, g := &feed{}, &feed{}
+		f, g := "video0", "audio0"
 		at := time.Now()
-		s := newSubscriber(raw, time.Hour)
 		interrupted := 0
-		s.interrupt = func() { interrupted++ }
+		s := newSubscriber(raw, time.Hour, func() { interrupted++ })
 		for i := range 6 {
-			s.offer(testMessage([]*feed{f, g}[i%2], at, true, 1000))
+			s.offer(testMessage([]string{f, g}[i%2], at, true, 1000))
 		}
 		s.take(nil, 4000, false, time.Now()) // f g f g, and f g stay
-		word := s.mute(g)
+		word := s.removeFeed(g)
 		if interrupted != 1 || word == nil {
 			t.Fatalf("got %d interrupts, word %v, want 1 and one to wait for", interrupted, word)
 		}
@@ -142,10 +141,10 @@ func TestQueueMute(t *testing.T) {
 			t.Errorf("%d written: partial is %v", written, p.partial)
 		}
 		begun := (written + 999) / 1000
-		want := []*feed{}
+		want := []string{}
 		for i := written / 1000; i < 6; i++ {
 			if i%2 == 0 || i < begun {
-				want = append(want, []*feed{f, g}[i%2])
+				want = append(want, []string{f, g}[i%2])
 			}
 		}
 		if len(s.items) != len(want) {
@@ -157,7 +156,7 @@ func TestQueueMute(t *testing.T) {
 			}
 		}
 		sum(t, s)
-		if s.mute(g) != nil {
+		if s.removeFeed(g) != nil {
 			t.Errorf("%d written: there is more to wait for", written)
 		}
 	}
@@ -179,9 +178,9 @@ func TestTake(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			s := newSubscriber(raw, time.Hour)
+			s := newSubscriber(raw, time.Hour, nil)
 			for _, n := range tt.sizes {
-				s.offer(testMessage(&feed{}, time.Now(), true, n))
+				s.offer(testMessage("video0", time.Now(), true, n))
 			}
 			var got []int
 			for _, b := range s.take(nil, 1000, tt.cut, time.Now()) {

@@ -256,7 +256,7 @@ func (l *lab) film(ctx context.Context, name string, size int) {
 		}
 		for _, m := range all {
 			m.first = first
-			f.publish(p, m)
+			f.publish(p, m, l.mux.now(m.at))
 		}
 		time.Sleep(40 * time.Millisecond)
 	}
@@ -295,7 +295,7 @@ func load(ctx context.Context, r *rules, name string) {
 		all, _ := frames(bytes.NewReader(c.next()))
 		for _, m := range all {
 			m.first = first
-			f.publish(p, m)
+			f.publish(p, m, r.mux.now(m.at))
 		}
 		time.Sleep(time.Millisecond)
 	}

@@ -55,7 +55,7 @@ const maxOrigins = 1000
 
 // source is a feed in a stream.
 type source struct {
-	feed    *feed
+	feed    string    // its name
 	since   time.Time // when it came into the stream
 	gate    gate
 	program *program
@@ -74,9 +74,9 @@ type outTrack struct {
 }
 
 // source returns the source of a feed; nil without one.
-func (x *remuxer) source(f *feed) *source {
+func (x *remuxer) source(feed string) *source {
 	for _, s := range x.sources {
-		if s.feed == f {
+		if s.feed == feed {
 			return s
 		}
 	}
@@ -85,7 +85,7 @@ func (x *remuxer) source(f *feed) *source {
 
 // arrange makes feeds the sources, in their order. It reports whether the
 // program changed by it.
-func (x *remuxer) arrange(feeds []*feed, at time.Time) bool {
+func (x *remuxer) arrange(feeds []string, at time.Time) bool {
 	sources := make([]*source, len(feeds))
 	for i, f := range feeds {
 		if sources[i] = x.source(f); sources[i] == nil {
@@ -113,7 +113,7 @@ func (x *remuxer) follow(s *source, g *program) bool {
 		if i >= 0 {
 			old[i].track = t
 			s.tracks = append(s.tracks, old[i])
-		} else if pid, ok := x.assign(origin{s.feed.name, t.pid}); ok {
+		} else if pid, ok := x.assign(origin{s.feed, t.pid}); ok {
 			s.tracks = append(s.tracks, &outTrack{track: t, out: pid, fresh: true, skip: true})
 		}
 	}
@@ -148,7 +148,7 @@ func (x *remuxer) forget() {
 	clear(x.taken[:])
 	for _, s := range x.sources {
 		for _, t := range s.tracks {
-			x.origins[origin{s.feed.name, t.pid}], x.taken[t.out] = t.out, true
+			x.origins[origin{s.feed, t.pid}], x.taken[t.out] = t.out, true
 		}
 	}
 }

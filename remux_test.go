@@ -20,7 +20,7 @@ type bench struct {
 }
 
 func newBench(t *testing.T, stream string, feeds ...string) *bench {
-	b := &bench{mux: newMux(), t: t, at: time.Now(), sub: newSubscriber(raw, time.Minute), pubs: map[string]*publisher{}}
+	b := &bench{mux: newMux(), t: t, at: time.Now(), sub: newSubscriber(raw, time.Minute, nil), pubs: map[string]*publisher{}}
 	b.setStream(stream, feeds, true)
 	b.join(stream, b.sub)
 	return b
@@ -41,7 +41,7 @@ func (b *bench) post(name string, chunk []byte) {
 	}
 	for i, m := range all {
 		m.at, m.first = b.at, first && i == 0
-		b.feeds[name].publish(p, m)
+		b.feeds[name].publish(p, m, b.now(b.at))
 	}
 }
 
@@ -218,7 +218,7 @@ func TestStreamReader(t *testing.T) {
 		}
 	}
 	play(5)
-	late := newSubscriber(raw, time.Minute)
+	late := newSubscriber(raw, time.Minute, nil)
 	b.sub = late
 	b.join("stream/x", late)
 	play(20)
@@ -341,7 +341,7 @@ func FuzzStream(f *testing.F) {
 	f.Add(slices.Concat(bytes.Clone(v.next()), v.next()), slices.Concat(bytes.Clone(a.next()), a.next()))
 	f.Add(testClip(2, 100), testClip(3, 500))
 	f.Fuzz(func(t *testing.T, one, two []byte) {
-		b := &bench{mux: newMux(), t: t, at: time.Now().Add(time.Second), sub: newSubscriber(raw, time.Minute), pubs: map[string]*publisher{}}
+		b := &bench{mux: newMux(), t: t, at: time.Now().Add(time.Second), sub: newSubscriber(raw, time.Minute, nil), pubs: map[string]*publisher{}}
 		b.setStream("stream/x", []string{"one", "two"}, true)
 		b.join("stream/x", b.sub)
 		for name, in := range map[string][]byte{"one": one, "two": two} {
@@ -350,7 +350,7 @@ func FuzzStream(f *testing.F) {
 			all, _ := frames(bytes.NewReader(in))
 			for i, m := range all {
 				m.at, m.first = b.at.Add(time.Duration(i)*40*time.Millisecond), i == 0
-				fd.publish(p, m)
+				fd.publish(p, m, b.now(m.at))
 			}
 			b.detach(fd, p)
 		}
@@ -379,9 +379,8 @@ func BenchmarkRemux(b *testing.B) {
 		b.Fatal(err)
 	}
 	var x remuxer
-	f := &feed{}
-	x.arrange([]*feed{f}, time.Now())
-	s := x.source(f)
+	x.arrange([]string{"video0"}, time.Now())
+	s := x.source("video0")
 	x.follow(s, all[0].info.program)
 	dst := make([]byte, len(chunk))
 	b.SetBytes(int64(len(chunk)))

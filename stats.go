@@ -118,22 +118,13 @@ func (all stats) metrics() []byte {
 	dest("reconnects_total", "counter", "Connections after the first.", func(d *destinationStats) float64 { return float64(d.Reconnects) })
 	dest("queue_age_seconds", "gauge", "Age of the oldest message queued.", func(d *destinationStats) float64 { return d.QueueAge })
 	dest("round_trip_seconds", "gauge", "Round trip of the last ping; 0 when not known.", func(d *destinationStats) float64 { return d.RoundTrip })
-	for i, cause := range []struct {
-		name  string
-		value func(*destinationStats) uint64
-	}{
-		{"gate", func(d *destinationStats) uint64 { return d.Dropped.Gate }},
-		{"lag", func(d *destinationStats) uint64 { return d.Dropped.Lag }},
-		{"bytes", func(d *destinationStats) uint64 { return d.Dropped.Bytes }},
-		{"muted", func(d *destinationStats) uint64 { return d.Dropped.Muted }},
-		{"end", func(d *destinationStats) uint64 { return d.Dropped.End }},
-	} {
+	for c := kept + 1; c < causes; c++ {
 		kind := "counter"
-		if i > 0 {
+		if c > kept+1 {
 			kind = "" // goes on
 		}
-		b = appendFamily(b, "vw_destination_dropped_messages_total", kind, "Messages dropped, by cause.", `cause="`+cause.name+`",destination`, names,
-			func(of string) float64 { return float64(cause.value(all.Destinations[of])) })
+		b = appendFamily(b, "vw_destination_dropped_messages_total", kind, "Messages dropped, by cause.", `cause="`+causeNames[c]+`",destination`, names,
+			func(of string) float64 { return float64(all.Destinations[of].Dropped[causeNames[c]]) })
 	}
 	return b
 }

@@ -57,7 +57,7 @@ func TestFeedStats(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		x := newMux()
 		body, in := net.Pipe()
-		s := newSubscriber(raw, time.Second)
+		s := newSubscriber(raw, time.Second, nil)
 		x.join("video0", s)
 		done := make(chan struct{})
 		go func() {

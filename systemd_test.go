@@ -121,7 +121,7 @@ func TestWatchdogBites(t *testing.T) {
 	pub := &publisher{interrupt: func() {}}
 	f := x.attach("video0", pub)
 	defer x.detach(f, pub)
-	onFeed, onStream := newSubscriber(bare, time.Second), newSubscriber(bare, time.Second)
+	onFeed, onStream := newSubscriber(bare, time.Second, nil), newSubscriber(bare, time.Second, nil)
 	x.join("video0", onFeed)
 	x.join("stream/a", onStream)
 	for _, tt := range []struct {
@@ -148,7 +148,7 @@ func TestWatchdogBites(t *testing.T) {
 					case tried <- struct{}{}:
 					default:
 					}
-					x.pass()
+					x.tryLocks()
 					n.tell("passed")
 				})
 			})
