@@ -35,9 +35,6 @@ const (
 	maxReaders    = 1024
 )
 
-// errFull: vw has as many as it can have. Wrapped, it says of what.
-var errFull = errors.New("no more are allowed")
-
 // door knows the connections. Its zero value is ready; its methods may be
 // called from several goroutines and do not block.
 type door struct {
@@ -162,12 +159,6 @@ func (s *server) admit(r *http.Request) error {
 	return nil
 }
 
-// isToken compares in constant time.
-func (s *server) isToken(given string) bool {
-	want, got := sha256.Sum256([]byte(s.token)), sha256.Sum256([]byte(given))
-	return subtle.ConstantTimeCompare(want[:], got[:]) == 1
-}
-
 // fromLoopback tells whether the request was made on this machine, and not
 // for somebody else by a proxy on it. HTTP/1.0 is what nginx speaks unless it
 // is told otherwise.
@@ -184,13 +175,11 @@ func fromLoopback(r *http.Request) bool {
 	return err == nil && peer.Addr().Unmap().IsLoopback()
 }
 
-// httpError is an error with its status.
-type httpError struct {
-	status int
-	text   string
+// isToken compares in constant time.
+func (s *server) isToken(given string) bool {
+	want, got := sha256.Sum256([]byte(s.token)), sha256.Sum256([]byte(given))
+	return subtle.ConstantTimeCompare(want[:], got[:]) == 1
 }
-
-func (e httpError) Error() string { return e.text }
 
 // session is the value of the cookie: who has it has presented the token, but
 // can't tell it. It is the same after a restart.
@@ -226,3 +215,14 @@ func checkUpgrade(r *http.Request) error {
 	}
 	return nil
 }
+
+// httpError is an error with its status.
+type httpError struct {
+	status int
+	text   string
+}
+
+func (e httpError) Error() string { return e.text }
+
+// errFull: vw has as many as it can have. Wrapped, it says of what.
+var errFull = errors.New("no more are allowed")

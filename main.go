@@ -233,14 +233,6 @@ func listen(host string, port int) (all []net.Listener, err error) {
 	return all, nil
 }
 
-// settingError: a setting can be read, but not done.
-type settingError struct {
-	name, value string
-	error
-}
-
-func (e settingError) Error() string { return fmt.Sprintf("%s=%q: %v", e.name, e.value, e.error) }
-
 // settings are what the environment says.
 type settings struct {
 	host       string // "": both loopback addresses
@@ -253,6 +245,11 @@ type settings struct {
 	maxLag     time.Duration
 	player     player
 	cpuProfile string
+}
+
+// control returns the rule of the control link.
+func (s settings) control() destinationRule {
+	return destinationRule{ID: controlID, Stream: "api", Destination: s.api, Token: s.apiToken}
 }
 
 // variable is one setting: its names, its help, and how it is read.
@@ -381,7 +378,10 @@ func edits(a, b string) int {
 	return row[len(b)]
 }
 
-// control returns the rule of the control link.
-func (s settings) control() destinationRule {
-	return destinationRule{ID: controlID, Stream: "api", Destination: s.api, Token: s.apiToken}
+// settingError: a setting can be read, but not done.
+type settingError struct {
+	name, value string
+	error
 }
+
+func (e settingError) Error() string { return fmt.Sprintf("%s=%q: %v", e.name, e.value, e.error) }

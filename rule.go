@@ -32,6 +32,179 @@ const (
 	maxField  = 4096 // bytes in the name or the value of a header
 )
 
+const (
+	maxName  = 256  // bytes
+	maxFeeds = 64   // in a stream
+	maxURL   = 4096 // bytes
+
+	maxStreams      = 256
+	maxDestinations = 1024
+	maxOld          = 4 // connections that a destination takes over from
+)
+
+// streamRule combines feeds into a stream; no feeds: everything muted.
+type streamRule struct {
+	Stream string   `json:"stream"`
+	Feeds  []string `json:"feeds"`
+}
+
+// clean returns the rule as it is stored.
+func (r streamRule) clean() (streamRule, error) {
+	name, err := cleanStream(r.Stream)
+	if err != nil {
+		return streamRule{}, err
+	}
+	if r.Feeds == nil {
+		return streamRule{}, invalid(`stream %q: "feeds" is missing; [] mutes everything`, name)
+	}
+	if len(r.Feeds) > maxFeeds {
+		return streamRule{}, invalid("stream %q: it has %d feeds, at most %d are allowed", name, len(r.Feeds), maxFeeds)
+	}
+	feeds := make([]string, 0, len(r.Feeds))
+	for _, f := range r.Feeds {
+		if f, err = cleanFeed(f); err != nil {
+			return streamRule{}, err
+		}
+		if slices.Contains(feeds, f) {
+			return streamRule{}, invalid("stream %q: the feed %q is there twice", name, f)
+		}
+		feeds = append(feeds, f)
+	}
+	return streamRule{name, feeds}, nil
+}
+
+// destinationRule sends a feed or stream to a relay.
+type destinationRule struct {
+	ID          id      `json:"id"`
+	Stream      string  `json:"stream"`
+	Destination string  `json:"destination"`
+	Token       string  `json:"token,omitempty"`   // a secret
+	Headers     headers `json:"headers,omitempty"` // their values are secrets
+}
+
+// clean returns the rule as it is stored, and its URL.
+func (r destinationRule) clean() (destinationRule, *url.URL, error) {
+	none := destinationRule{}
+	name, err := cleanName("id", string(r.ID))
+	if err != nil {
+		return none, nil, err
+	}
+	source, err := cleanName("stream", r.Stream)
+	if err != nil {
+		return none, nil, err
+	}
+	u, err := cleanURL(r.Destination)
+	if err != nil {
+		return none, nil, err
+	}
+	if err := r.cleanSecrets(u); err != nil {
+		return none, nil, err
+	}
+	return destinationRule{id(name), source, r.Destination, r.Token, r.Headers}, u, nil
+}
+
+// cleanControl checks the rule of a control link.
+func (r destinationRule) cleanControl() error {
+	u, err := cleanURL(r.Destination)
+	if err != nil {
+		return err
+	}
+	return r.cleanSecrets(u)
+}
+
+// cleanSecrets checks what the URL, the token and the headers are together.
+func (r destinationRule) cleanSecrets(u *url.URL) error {
+	access := u.Scheme == "http" || u.Scheme == "https"
+	_, user, _ := splitUser(r.Destination)
+	unknown := r.Token == hidden || user == hidden
+	for _, value := range r.Headers.all() {
+		unknown = unknown || value == hidden
+	}
+	switch {
+	case unknown:
+		return invalid("destination %.100q: %s stands for what is stored for this host, and nothing is", withoutSecrets(r.Destination), hidden)
+	case len(r.Token) > maxToken || !isVisible(r.Token) || strings.ContainsAny(r.Token, `"\`):
+		return invalid(`token: it must be at most %d visible ASCII characters, without " and \`, maxToken)
+	case access && r.Token == "":
+		return invalid(`destination %.100q: the scheme is %q, which needs a "token"; without one it must be ws or wss`, withoutSecrets(r.Destination), u.Scheme)
+	case access && u.User != nil, (access || u.User != nil) && r.Headers.has("Authorization"):
+		return invalid("destination %.100q: it has more than one Authorization: token, user:password@ and header", withoutSecrets(r.Destination))
+	}
+	return nil
+}
+
+// keep returns r with the secrets of old in the place of ***, unless they
+// would go to another host, or over TLS no more: who may set rules is not
+// thereby told what is stored.
+func (r destinationRule) keep(old destinationRule) destinationRule {
+	to, err1 := url.Parse(r.Destination)
+	from, err2 := url.Parse(old.Destination)
+	if err1 != nil || err2 != nil || to.Hostname() != from.Hostname() || strings.HasSuffix(from.Scheme, "s") && !strings.HasSuffix(to.Scheme, "s") {
+		return r
+	}
+	if r.Token == hidden {
+		r.Token = cmp.Or(old.Token, hidden)
+	}
+	all, stored := maps.Collect(r.Headers.all()), maps.Collect(old.Headers.all())
+	for name, value := range all {
+		if value == hidden {
+			all[name] = cmp.Or(stored[name], hidden)
+		}
+	}
+	r.Headers = newHeaders(all)
+	if before, user, after := splitUser(r.Destination); user == hidden {
+		_, user, _ = splitUser(old.Destination)
+		r.Destination = before + cmp.Or(user, hidden) + after
+	}
+	return r
+}
+
+// shown returns the rule as an answer shows it.
+func (r destinationRule) shown() destinationRule {
+	if r.Token != "" {
+		r.Token = hidden
+	}
+	all := maps.Collect(r.Headers.all())
+	for name := range all {
+		all[name] = hidden
+	}
+	r.Headers = newHeaders(all)
+	if before, user, after := splitUser(r.Destination); user != "" {
+		r.Destination = before + hidden + after
+	}
+	return r
+}
+
+// secrets returns what no text may show.
+func (r destinationRule) secrets() []string {
+	_, user, _ := splitUser(r.Destination)
+	_, password, _ := strings.Cut(user, ":")
+	all := []string{r.Token, user, password, base64.StdEncoding.EncodeToString([]byte(user))}
+	if u, err := url.PathUnescape(password); err == nil {
+		all = append(all, u)
+	}
+	for _, value := range r.Headers.all() {
+		_, credentials, _ := strings.Cut(value, " ") // RFC 9110 11.4
+		all = append(all, value, credentials)
+	}
+	return all
+}
+
+// id names a destination. In JSON a string, or a number as it is written.
+type id string
+
+func (i *id) UnmarshalJSON(b []byte) error {
+	if b[0] == '"' {
+		return json.Unmarshal(b, (*string)(i))
+	}
+	var n json.Number
+	if err := json.Unmarshal(b, &n); err != nil || n == "" {
+		return fmt.Errorf("id %.100q: it must be a string or a number", b)
+	}
+	*i = id(n)
+	return nil
+}
+
 // headers go out with the handshake: "Name: value\n" each, sorted by name. A
 // string, so that rules can be compared; a JSON object outside.
 type headers string
@@ -55,6 +228,20 @@ func newHeaders(m map[string]string) headers {
 		b.WriteString(name + ": " + m[name] + "\n")
 	}
 	return headers(b.String())
+}
+
+// http returns what is to be sent.
+func (h headers) http() http.Header {
+	all := make(http.Header)
+	for name, value := range h.all() {
+		all.Set(name, value)
+	}
+	return all
+}
+
+func (h headers) has(name string) bool {
+	_, ok := maps.Collect(h.all())[name]
+	return ok
 }
 
 func (h headers) MarshalJSON() ([]byte, error) { return json.Marshal(maps.Collect(h.all())) }
@@ -97,274 +284,9 @@ var ownHeaders = []string{
 	"Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade",
 }
 
-// http returns what is to be sent.
-func (h headers) http() http.Header {
-	all := make(http.Header)
-	for name, value := range h.all() {
-		all.Set(name, value)
-	}
-	return all
-}
-
-func (h headers) has(name string) bool {
-	_, ok := maps.Collect(h.all())[name]
-	return ok
-}
-
-// splitUser cuts the userinfo out of a URL; user is "" where there is none.
-// RFC 3986 3.2.1
-func splitUser(raw string) (before, user, after string) {
-	scheme, rest, _ := strings.Cut(raw, "://")
-	end := strings.IndexAny(rest, "/?#")
-	if end < 0 {
-		end = len(rest)
-	}
-	at := strings.LastIndexByte(rest[:end], '@')
-	if at < 0 {
-		return raw, "", ""
-	}
-	return scheme + "://", rest[:at], rest[at:]
-}
-
-// shown returns the rule as an answer shows it.
-func (r destinationRule) shown() destinationRule {
-	if r.Token != "" {
-		r.Token = hidden
-	}
-	all := maps.Collect(r.Headers.all())
-	for name := range all {
-		all[name] = hidden
-	}
-	r.Headers = newHeaders(all)
-	if before, user, after := splitUser(r.Destination); user != "" {
-		r.Destination = before + hidden + after
-	}
-	return r
-}
-
-// keep returns r with the secrets of old in the place of ***, unless they
-// would go to another host, or over TLS no more: who may set rules is not
-// thereby told what is stored.
-func (r destinationRule) keep(old destinationRule) destinationRule {
-	to, err1 := url.Parse(r.Destination)
-	from, err2 := url.Parse(old.Destination)
-	if err1 != nil || err2 != nil || to.Hostname() != from.Hostname() || strings.HasSuffix(from.Scheme, "s") && !strings.HasSuffix(to.Scheme, "s") {
-		return r
-	}
-	if r.Token == hidden {
-		r.Token = cmp.Or(old.Token, hidden)
-	}
-	all, stored := maps.Collect(r.Headers.all()), maps.Collect(old.Headers.all())
-	for name, value := range all {
-		if value == hidden {
-			all[name] = cmp.Or(stored[name], hidden)
-		}
-	}
-	r.Headers = newHeaders(all)
-	if before, user, after := splitUser(r.Destination); user == hidden {
-		_, user, _ = splitUser(old.Destination)
-		r.Destination = before + cmp.Or(user, hidden) + after
-	}
-	return r
-}
-
-// cleanSecrets checks what the URL, the token and the headers are together.
-func (r destinationRule) cleanSecrets(u *url.URL) error {
-	access := u.Scheme == "http" || u.Scheme == "https"
-	_, user, _ := splitUser(r.Destination)
-	unknown := r.Token == hidden || user == hidden
-	for _, value := range r.Headers.all() {
-		unknown = unknown || value == hidden
-	}
-	switch {
-	case unknown:
-		return invalid("destination %.100q: %s stands for what is stored for this host, and nothing is", withoutSecrets(r.Destination), hidden)
-	case len(r.Token) > maxToken || !isVisible(r.Token) || strings.ContainsAny(r.Token, `"\`):
-		return invalid(`token: it must be at most %d visible ASCII characters, without " and \`, maxToken)
-	case access && r.Token == "":
-		return invalid(`destination %.100q: the scheme is %q, which needs a "token"; without one it must be ws or wss`, withoutSecrets(r.Destination), u.Scheme)
-	case access && u.User != nil, (access || u.User != nil) && r.Headers.has("Authorization"):
-		return invalid("destination %.100q: it has more than one Authorization: token, user:password@ and header", withoutSecrets(r.Destination))
-	}
-	return nil
-}
-
-// secrets returns what no text may show.
-func (r destinationRule) secrets() []string {
-	_, user, _ := splitUser(r.Destination)
-	_, password, _ := strings.Cut(user, ":")
-	all := []string{r.Token, user, password, base64.StdEncoding.EncodeToString([]byte(user))}
-	if u, err := url.PathUnescape(password); err == nil {
-		all = append(all, u)
-	}
-	for _, value := range r.Headers.all() {
-		_, credentials, _ := strings.Cut(value, " ") // RFC 9110 11.4
-		all = append(all, value, credentials)
-	}
-	return all
-}
-
-// inQuery returns what may be secret in the query of a URL.
-func inQuery(u *url.URL) []string {
-	all := []string{u.RawQuery}
-	for _, values := range u.Query() {
-		all = append(all, values...)
-	}
-	return all
-}
-
-// hiddenError is an error whose text has been cleared of secrets.
-type hiddenError struct {
-	text string
-	error
-}
-
-func (e hiddenError) Error() string { return e.text }
-func (e hiddenError) Unwrap() error { return e.error }
-
-// hide returns err without the secrets: a relay may quote them in its answer,
-// whole or cut off. What has fewer than 4 bytes is no secret.
-func hide(err error, secrets []string) error {
-	if err == nil {
-		return nil
-	}
-	text := err.Error()
-	for _, s := range secrets {
-		if len(s) >= 4 {
-			text = hideIn(text, s)
-			quoted := strconv.Quote(s)
-			text = hideIn(text, quoted[1:len(quoted)-1])
-		}
-	}
-	if text == err.Error() {
-		return err
-	}
-	return hiddenError{text, err}
-}
-
-// hideIn hides every place of text that begins like the secret: with the whole
-// of it, or with as much as is left of it, at least 8 bytes.
-func hideIn(text, secret string) string {
-	begins := secret[:min(8, len(secret))]
-	var b strings.Builder
-	for {
-		before, rest, ok := strings.Cut(text, begins)
-		b.WriteString(before)
-		if !ok {
-			return b.String()
-		}
-		n := 0
-		for s := secret[len(begins):]; n < len(s) && n < len(rest) && s[n] == rest[n]; n++ {
-		}
-		b.WriteString(hidden)
-		text = rest[n:]
-	}
-}
-
-// streamRule combines feeds into a stream; no feeds: everything muted.
-type streamRule struct {
-	Stream string   `json:"stream"`
-	Feeds  []string `json:"feeds"`
-}
-
-// clean returns the rule as it is stored.
-func (r streamRule) clean() (streamRule, error) {
-	name, err := cleanStream(r.Stream)
-	if err != nil {
-		return streamRule{}, err
-	}
-	if r.Feeds == nil {
-		return streamRule{}, invalid(`stream %q: "feeds" is missing; [] mutes everything`, name)
-	}
-	if len(r.Feeds) > maxFeeds {
-		return streamRule{}, invalid("stream %q: it has %d feeds, at most %d are allowed", name, len(r.Feeds), maxFeeds)
-	}
-	feeds := make([]string, 0, len(r.Feeds))
-	for _, f := range r.Feeds {
-		if f, err = cleanFeed(f); err != nil {
-			return streamRule{}, err
-		}
-		if slices.Contains(feeds, f) {
-			return streamRule{}, invalid("stream %q: the feed %q is there twice", name, f)
-		}
-		feeds = append(feeds, f)
-	}
-	return streamRule{name, feeds}, nil
-}
-
-// destinationRule sends a feed or stream to a relay.
-type destinationRule struct {
-	ID          id      `json:"id"`
-	Stream      string  `json:"stream"`
-	Destination string  `json:"destination"`
-	Token       string  `json:"token,omitempty"`   // a secret
-	Headers     headers `json:"headers,omitempty"` // their values are secrets
-}
-
-// cleanControl checks the rule of a control link.
-func (r destinationRule) cleanControl() error {
-	u, err := cleanURL(r.Destination)
-	if err != nil {
-		return err
-	}
-	return r.cleanSecrets(u)
-}
-
-// clean returns the rule as it is stored, and its URL.
-func (r destinationRule) clean() (destinationRule, *url.URL, error) {
-	none := destinationRule{}
-	name, err := cleanName("id", string(r.ID))
-	if err != nil {
-		return none, nil, err
-	}
-	source, err := cleanName("stream", r.Stream)
-	if err != nil {
-		return none, nil, err
-	}
-	u, err := cleanURL(r.Destination)
-	if err != nil {
-		return none, nil, err
-	}
-	if err := r.cleanSecrets(u); err != nil {
-		return none, nil, err
-	}
-	return destinationRule{id(name), source, r.Destination, r.Token, r.Headers}, u, nil
-}
-
-// id names a destination. In JSON a string, or a number as it is written.
-type id string
-
-func (i *id) UnmarshalJSON(b []byte) error {
-	if b[0] == '"' {
-		return json.Unmarshal(b, (*string)(i))
-	}
-	var n json.Number
-	if err := json.Unmarshal(b, &n); err != nil || n == "" {
-		return fmt.Errorf("id %.100q: it must be a string or a number", b)
-	}
-	*i = id(n)
-	return nil
-}
-
-// invalidError is a rule, or a name, that is not allowed. It names the value
-// and what is.
-type invalidError struct{ text string }
-
-func (e invalidError) Error() string { return e.text }
-
-func invalid(format string, args ...any) error { return invalidError{fmt.Sprintf(format, args...)} }
-
-const (
-	maxName  = 256  // bytes
-	maxFeeds = 64   // in a stream
-	maxURL   = 4096 // bytes
-
-	maxStreams      = 256
-	maxDestinations = 1024
-	maxOld          = 4 // connections that a destination takes over from
-)
-
 var reserved = []string{"all", "deleteAll", "apiRule"}
+
+const controlID = "apiRule"
 
 // cleanName checks a name of what kind says, and takes one leading slash off.
 func cleanName(kind, name string) (string, error) {
@@ -406,6 +328,9 @@ func cleanStream(name string) (string, error) {
 	return name, err
 }
 
+// isStream tells whether a valid name is a stream's; else it is a feed's.
+func isStream(name string) bool { return strings.HasPrefix(name, "stream/") }
+
 // cleanURL checks the URL of a relay.
 func cleanURL(raw string) (*url.URL, error) {
 	u, err := url.Parse(raw)
@@ -437,12 +362,51 @@ func withoutSecrets(s string) string {
 	return s
 }
 
+// splitUser cuts the userinfo out of a URL; user is "" where there is none.
+// RFC 3986 3.2.1
+func splitUser(raw string) (before, user, after string) {
+	scheme, rest, _ := strings.Cut(raw, "://")
+	end := strings.IndexAny(rest, "/?#")
+	if end < 0 {
+		end = len(rest)
+	}
+	at := strings.LastIndexByte(rest[:end], '@')
+	if at < 0 {
+		return raw, "", ""
+	}
+	return scheme + "://", rest[:at], rest[at:]
+}
+
+// inQuery returns what may be secret in the query of a URL.
+func inQuery(u *url.URL) []string {
+	all := []string{u.RawQuery}
+	for _, values := range u.Query() {
+		all = append(all, values...)
+	}
+	return all
+}
+
 func validPort(s string) bool {
 	if s == "" {
 		return true
 	}
 	_, err := net.LookupPort("tcp", s)
 	return err == nil && strings.Trim(s, "0") != ""
+}
+
+// isVisible tells whether s is printable ASCII without spaces.
+func isVisible(s string) bool {
+	return !strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r >= 0x7f })
+}
+
+// printable is s with everything that could work on a terminal replaced.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, s)
 }
 
 // decode reads exactly one JSON value, without fields that v has not.
@@ -458,25 +422,62 @@ func decode(b []byte, v any) error {
 	return nil
 }
 
+// invalidError is a rule, or a name, that is not allowed. It names the value
+// and what is.
+type invalidError struct{ text string }
+
+func (e invalidError) Error() string { return e.text }
+
+func invalid(format string, args ...any) error { return invalidError{fmt.Sprintf(format, args...)} }
+
 // errNotFound: there is no rule of that name.
 var errNotFound = errors.New("there is none")
 
-const controlID = "apiRule"
-
-// isStream tells whether a valid name is a stream's; else it is a feed's.
-func isStream(name string) bool { return strings.HasPrefix(name, "stream/") }
-
-// isVisible tells whether s is printable ASCII without spaces.
-func isVisible(s string) bool {
-	return !strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r >= 0x7f })
+// hiddenError is an error whose text has been cleared of secrets.
+type hiddenError struct {
+	text string
+	error
 }
 
-// printable is s with everything that could work on a terminal replaced.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return unicode.ReplacementChar
+func (e hiddenError) Error() string { return e.text }
+
+func (e hiddenError) Unwrap() error { return e.error }
+
+// hide returns err without the secrets: a relay may quote them in its answer,
+// whole or cut off. What has fewer than 4 bytes is no secret.
+func hide(err error, secrets []string) error {
+	if err == nil {
+		return nil
+	}
+	text := err.Error()
+	for _, s := range secrets {
+		if len(s) >= 4 {
+			text = hideIn(text, s)
+			quoted := strconv.Quote(s)
+			text = hideIn(text, quoted[1:len(quoted)-1])
 		}
-		return r
-	}, s)
+	}
+	if text == err.Error() {
+		return err
+	}
+	return hiddenError{text, err}
+}
+
+// hideIn hides every place of text that begins like the secret: with the whole
+// of it, or with as much as is left of it, at least 8 bytes.
+func hideIn(text, secret string) string {
+	begins := secret[:min(8, len(secret))]
+	var b strings.Builder
+	for {
+		before, rest, ok := strings.Cut(text, begins)
+		b.WriteString(before)
+		if !ok {
+			return b.String()
+		}
+		n := 0
+		for s := secret[len(begins):]; n < len(s) && n < len(rest) && s[n] == rest[n]; n++ {
+		}
+		b.WriteString(hidden)
+		text = rest[n:]
+	}
 }
