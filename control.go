@@ -13,6 +13,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -26,17 +27,18 @@ const (
 // control is the control link.
 type control struct {
 	*destination // for its open and keepUp
-	server       *server
+	commands     *commands
 }
 
 // startControl keeps a control link up until s ends. The rule is clean.
 func (s *server) startControl(rule destinationRule) {
-	r := s.rules
+	r := s.commands.rules
 	d := r.newDestination(rule)
 	d.log = r.log.With("dest", controlID, "url", d.shown())
-	s.control = &control{d, s}
+	c := &control{d, s.commands}
+	s.commands.control = c
 	d.is("connecting")
-	r.tasks.Go(func() { s.control.keepUp(s.ctx, s.control.connect) })
+	r.tasks.Go(func() { c.keepUp(s.ctx, c.connect) })
 }
 
 // connect is one connection, as destination.connect.
@@ -65,7 +67,7 @@ func (c *control) obey(ctx context.Context, l *link, in *inbox) error {
 		case opcode != opText:
 			err = invalid("message: it is binary, a command is text")
 		}
-		for answer := range c.server.answers(b, err) {
+		for answer := range c.commands.answers(b, err) {
 			select {
 			case l.control <- appendFrame(nil, opText, answer, l.masks):
 				l.wake()
@@ -79,7 +81,7 @@ func (c *control) obey(ctx context.Context, l *link, in *inbox) error {
 // answers carries out the commands in a message, one after the other, and
 // ranges over their answers; err is what is wrong with the message. What is no
 // JSON object ends it: nobody knows what comes after that.
-func (s *server) answers(message []byte, err error) iter.Seq[[]byte] {
+func (s *commands) answers(message []byte, err error) iter.Seq[[]byte] {
 	return func(yield func([]byte) bool) {
 		d := json.NewDecoder(bytes.NewReader(message))
 		for n := 0; err == nil; n++ {
@@ -105,7 +107,7 @@ func (s *server) answers(message []byte, err error) iter.Seq[[]byte] {
 // answer carries out one command, and returns its answer; nil: it was no
 // command. Another vw on the same path sees our answers: if both answered what
 // is an error, they would never stop.
-func (s *server) answer(command []byte) []byte {
+func (s *commands) answer(command []byte) []byte {
 	var with struct{ Verb, Ref, Error json.RawMessage }
 	json.Unmarshal(command, &with) // as much as there is
 	if with.Error != nil && with.Verb == nil {
@@ -125,3 +127,69 @@ func (s *server) answer(command []byte) []byte {
 	}
 	return b
 }
+
+// do carries out one command. Its answer is an object.
+func (s *commands) do(command []byte) (any, error) {
+	if len(command) > maxBody {
+		return nil, invalid("command: more than %d bytes", maxBody)
+	}
+	var c struct {
+		Verb  string          `json:"verb"`
+		What  string          `json:"what"`
+		Which string          `json:"which"`
+		Rule  json.RawMessage `json:"rule"`
+		Ref   json.RawMessage `json:"ref"`
+	}
+	if err := decode(command, &c); err != nil {
+		return nil, err
+	}
+	if report := reports[c.Verb]; report != nil {
+		v, err := report(s)
+		return map[string]any{c.Verb: v}, err
+	}
+	if c.Verb == "add" && (c.What == "stream" || c.What == "destination") && c.Rule == nil {
+		return nil, invalid(`add %s: "rule" is missing`, c.What)
+	}
+	switch c.Verb + " " + c.What {
+	case "add stream":
+		return s.setStream(c.Rule)
+	case "add destination":
+		return s.setDestination(c.Rule)
+	case "list stream":
+		v, err := s.listStream(c.Which)
+		return listed(c.Which, v, err)
+	case "list destination":
+		return s.listDestination(c.Which)
+	case "delete stream":
+		return deleted(s.deleteStream(c.Which))
+	case "delete destination":
+		if c.Which == controlID {
+			return nil, invalid("Cannot delete %s", controlID)
+		}
+		return deleted(s.deleteDestination(c.Which))
+	}
+	switch c.Verb {
+	case "add", "list", "delete":
+		return nil, invalid("%s %.40q: it must be stream or destination", c.Verb, c.What)
+	}
+	return nil, invalid("verb %.40q: there is no such command", c.Verb)
+}
+
+// reports are the commands that are nothing but a verb; the answer is an
+// object with the verb as its one key.
+var reports = map[string]func(*commands) (any, error){
+	"healthcheck": func(*commands) (any, error) { return "ok", nil },
+	"devices":     func(s *commands) (any, error) { return listDevices("/", s.port) },
+	"stats":       func(s *commands) (any, error) { return s.stats(), nil },
+}
+
+// listed is the answer to a list command about streams.
+func listed(which string, v any, err error) (any, error) {
+	if which == "all" || err != nil && !errors.Is(err, errNotFound) {
+		return v, err
+	}
+	return map[string]any{"feeds": v}, nil
+}
+
+// deleted is the answer to a delete command.
+func deleted(what any, err error) (any, error) { return map[string]any{"deleted": what}, err }

@@ -82,7 +82,7 @@ func TestCommands(t *testing.T) {
 	}
 	for i, step := range steps {
 		var got []string
-		for a := range s.answers([]byte(step.message), nil) {
+		for a := range s.commands.answers([]byte(step.message), nil) {
 			got = append(got, string(a))
 			if !json.Valid(a) {
 				t.Errorf("step %d: not JSON: %s", i, a)
@@ -107,7 +107,7 @@ func FuzzCommands(f *testing.F) {
 			return // it would dial
 		}
 		n := 0
-		for a := range s.answers([]byte(message), nil) {
+		for a := range s.commands.answers([]byte(message), nil) {
 			n++
 			var object map[string]any
 			if err := json.Unmarshal(a, &object); err != nil || object == nil {

@@ -1,30 +1,38 @@
-// The door: how many connections vw has at once.
+// The door: who may come in, how many at once, and what those hear who may not.
+//
+// This machine may ask, and others with the token, or with the cookie that the
+// page gets for it. A page of another origin may not, and a name that somebody
+// else has given to this machine does not count.
 //
 // To open a connection, and to say little on it, costs a caller nothing. So a
-// caller too many is not refused: the one that was served or has come longest
-// ago makes room, and who asks now is heard. Who publishes or reads stays, and
-// has limits of his own.
+// caller too many is not refused: the connection that was served or opened
+// longest ago is closed, and the newest is heard. Publishers and readers stay,
+// and have limits of their own.
 
 package main
 
 import (
+	"bytes"
 	"container/list"
 	"context"
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/net/websocket"
 )
@@ -35,14 +43,34 @@ const (
 	maxReaders    = 1024
 )
 
-// door knows the connections. Its zero value is ready; its methods may be
+const (
+	answerTimeout = 10 * time.Second // to write an answer of a few bytes
+
+	cookieName = "vw"
+	cookieAge  = 30 * 24 * time.Hour
+)
+
+// door decides about requests and knows the connections. Its methods may be
 // called from several goroutines and do not block.
 type door struct {
+	// static after construction
+	token  string   // what peers that are not loopback present; "": none may
+	public []string // paths that need no token
+	host   string   // this machine's name
+	cross  *http.CrossOriginProtection
+
 	readers atomic.Int64
 
 	mu      sync.Mutex
 	callers list.List // of net.Conn; the next to make room is in front
 	at      map[net.Conn]*list.Element
+}
+
+// newDoor returns a door that lets everybody who may ask at all see the public paths.
+func newDoor(token string, public ...string) *door {
+	d := &door{token: token, public: public, cross: http.NewCrossOriginProtection(), at: make(map[net.Conn]*list.Element)}
+	d.host, _ = os.Hostname()
+	return d
 }
 
 type connKey struct{}
@@ -58,9 +86,6 @@ func (d *door) track(c net.Conn, state http.ConnState) {
 	case http.StateNew, http.StateIdle:
 		d.mu.Lock()
 		d.drop(c)
-		if d.at == nil {
-			d.at = make(map[net.Conn]*list.Element)
-		}
 		d.at[c] = d.callers.PushBack(c)
 		full := d.callers.Len() > maxCallers
 		d.mu.Unlock()
@@ -131,8 +156,8 @@ func (l doorListener) Accept() (net.Conn, error) {
 
 // admit decides who may ask: this machine, and others with the token. What
 // came through a proxy is never this machine.
-func (s *server) admit(r *http.Request) error {
-	if err := s.cross.Check(r); err != nil {
+func (d *door) admit(r *http.Request) error {
+	if err := d.cross.Check(r); err != nil {
 		return httpError{http.StatusForbidden, err.Error()}
 	}
 	if fromLoopback(r) {
@@ -141,19 +166,19 @@ func (s *server) admit(r *http.Request) error {
 			host = h
 		}
 		host = strings.Trim(host, "[]")
-		if net.ParseIP(host) == nil && !strings.EqualFold(host, "localhost") && !strings.EqualFold(host, s.host) {
-			return httpError{http.StatusForbidden, fmt.Sprintf("host %.100q: neither an address, localhost nor %q (DNS rebinding)", r.Host, s.host)}
+		if net.ParseIP(host) == nil && !strings.EqualFold(host, "localhost") && !strings.EqualFold(host, d.host) {
+			return httpError{http.StatusForbidden, fmt.Sprintf("host %.100q: neither an address, localhost nor %q (DNS rebinding)", r.Host, d.host)}
 		}
 		return nil
 	}
-	if s.token == "" {
+	if d.token == "" {
 		return httpError{http.StatusForbidden, fmt.Sprintf("remote %s: only this machine may ask, and not through a proxy, unless VW_TOKEN is set", r.RemoteAddr)}
 	}
 	given, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 	if !ok {
 		_, given, _ = r.BasicAuth()
 	}
-	if pageTypes[r.URL.Path] == "" && !s.isToken(given) && !s.signedIn(r) {
+	if !slices.Contains(d.public, r.URL.Path) && !d.isToken(given) && !d.signedIn(r) {
 		return httpError{http.StatusUnauthorized, "VW_TOKEN must be presented: Authorization: Bearer, or Basic with it as the password"}
 	}
 	return nil
@@ -176,25 +201,38 @@ func fromLoopback(r *http.Request) bool {
 }
 
 // isToken compares in constant time.
-func (s *server) isToken(given string) bool {
-	want, got := sha256.Sum256([]byte(s.token)), sha256.Sum256([]byte(given))
+func (d *door) isToken(given string) bool {
+	want, got := sha256.Sum256([]byte(d.token)), sha256.Sum256([]byte(given))
 	return subtle.ConstantTimeCompare(want[:], got[:]) == 1
 }
 
 // session is the value of the cookie: who has it has presented the token, but
 // can't tell it. It is the same after a restart.
-func (s *server) session() string {
-	mac := hmac.New(sha256.New, []byte(s.token))
+func (d *door) session() string {
+	mac := hmac.New(sha256.New, []byte(d.token))
 	mac.Write([]byte("vw: session of the page"))
 	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
 }
 
 // signedIn tells whether the request has the cookie. EventSource and WebSocket
 // can present nothing else.
-func (s *server) signedIn(r *http.Request) bool {
+func (d *door) signedIn(r *http.Request) bool {
 	return slices.ContainsFunc(r.CookiesNamed(cookieName), func(c *http.Cookie) bool {
-		return hmac.Equal([]byte(c.Value), []byte(s.session()))
+		return hmac.Equal([]byte(c.Value), []byte(d.session()))
 	})
+}
+
+// signIn returns the cookie for the token.
+func (d *door) signIn(r *http.Request, token string) (*http.Cookie, error) {
+	if d.token == "" || !d.isToken(token) {
+		return nil, httpError{http.StatusUnauthorized, "this is not the value of VW_TOKEN"}
+	}
+	return &http.Cookie{
+		Name: cookieName, Value: d.session(), Path: "/", MaxAge: int(cookieAge.Seconds()),
+		HttpOnly: true, SameSite: http.SameSiteStrictMode,
+		// The page came by TLS, whatever the proxy tells of it.
+		Secure: strings.HasPrefix(r.Header.Get("Origin"), "https:"),
+	}, nil
 }
 
 // checkUpgrade tells what x/net would refuse in plain text, and refuses pages
@@ -226,3 +264,65 @@ func (e httpError) Error() string { return e.text }
 
 // errFull: vw has as many as it can have. Wrapped, it says of what.
 var errFull = errors.New("no more are allowed")
+
+// refuse answers with an error. A body that is still coming is not waited for:
+// ffmpeg only notices the answer when the connection closes.
+func refuse(w http.ResponseWriter, r *http.Request, err error) {
+	status := http.StatusInternalServerError
+	var known httpError
+	var bad invalidError
+	switch {
+	case errors.As(err, &known):
+		status = known.status
+	case errors.As(err, &bad):
+		status = http.StatusBadRequest
+	case errors.Is(err, errNotFound):
+		status = http.StatusNotFound
+	case errors.Is(err, errReplaced):
+		status = http.StatusConflict
+	case errors.Is(err, errNotTS):
+		status = http.StatusUnsupportedMediaType
+	case errors.Is(err, errShutdown), errors.Is(err, errFull):
+		status = http.StatusServiceUnavailable
+	}
+	if status == http.StatusUnauthorized {
+		// RFC 9110 15.5.2 wants one. ffmpeg waits for Basic on /ts; elsewhere a
+		// browser would put its own dialog over the page's.
+		scheme := "Bearer"
+		if strings.HasPrefix(r.URL.Path, "/ts/") {
+			scheme = "Basic"
+		}
+		w.Header().Set("WWW-Authenticate", scheme+` realm="vw"`)
+	}
+	c := http.NewResponseController(w)
+	if r.ContentLength != 0 {
+		c.EnableFullDuplex() // else net/http reads on before it writes
+		w.Header().Set("Connection", "close")
+	}
+	answer(w, status, map[string]string{"error": err.Error()})
+	if r.ContentLength != 0 {
+		c.Flush()
+		c.SetReadDeadline(time.Now().Add(closeTimeout)) // a reset now could overtake the answer
+	}
+}
+
+// encode returns v as JSON, exactly and without a newline.
+func encode(v any) []byte {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(v); err != nil {
+		panic(err) // what we answer can be encoded
+	}
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
+}
+
+// answer writes v as JSON.
+func answer(w http.ResponseWriter, status int, v any) {
+	b := encode(v)
+	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerTimeout)) // its peer may not read
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(status)
+	w.Write(b)
+}

@@ -42,7 +42,7 @@ func TestAccess(t *testing.T) {
 		{"our page", open, rule, []string{"Origin", "http://localhost:8888", "Sec-Fetch-Site", "same-origin"}, 200},
 		{"rebinding", open, "GET /api/streams/all", []string{"Host", "evil.example:8888"}, 403},
 		{"an address", open, "GET /api/streams/all", []string{"Host", "127.0.0.1:8888"}, 200},
-		{"this host", open, "GET /api/streams/all", []string{"Host", open.host + ":8888"}, 200},
+		{"this host", open, "GET /api/streams/all", []string{"Host", open.door.host + ":8888"}, 200},
 		{"a page elsewhere watches", open, "GET /out/x", []string{"Origin", "http://evil.example"}, 403},
 		{"a page elsewhere publishes", open, "GET /in/x", []string{"Origin", "null"}, 403},
 		{"another port", open, "GET /out/x", []string{"Origin", "http://localhost:9999"}, 403},

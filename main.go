@@ -13,12 +13,9 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
-	"runtime/debug"
-	"runtime/pprof"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -93,43 +90,6 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 	return 0
 }
 
-// version is what go build knows of the source.
-var version = sync.OnceValue(func() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	v := info.Main.Version
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" && v == "(devel)" {
-			v = s.Value
-		}
-	}
-	return v + " " + info.GoVersion
-})
-
-// profile writes a CPU profile of 30 s, or until stop.
-func profile(name string) (stop func(), err error) {
-	f, err := os.Create(name)
-	if err != nil {
-		return nil, err
-	}
-	if err := pprof.StartCPUProfile(f); err != nil {
-		f.Close()
-		return nil, err
-	}
-	end := func() {
-		pprof.StopCPUProfile()
-		f.Close()
-	}
-	t := time.AfterFunc(30*time.Second, end)
-	return func() {
-		if t.Stop() {
-			end()
-		}
-	}, nil
-}
-
 // serve runs vw until ctx is done; then it ends within 5 s, whatever relays,
 // publishers and callers do.
 func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logger) error {
@@ -153,11 +113,11 @@ func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logge
 		}
 	}
 	s := newServer(work, r, set.token, log)
-	s.player = set.player
-	if _, err := os.Stat(s.player.file); s.player.file != "" && err != nil {
+	s.page.player = set.player
+	if _, err := os.Stat(set.player.file); set.player.file != "" && err != nil {
 		log.Warn("VW_PLAYER: the page has no player", "err", err)
 	}
-	s.port = listeners[0].Addr().(*net.TCPAddr).Port
+	s.commands.port = listeners[0].Addr().(*net.TCPAddr).Port
 	if set.api != "" {
 		s.startControl(set.control())
 	}
@@ -182,7 +142,7 @@ func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logge
 			log.Warn("other machines are refused: VW_TOKEN is not set")
 		}
 		g.Go(func() error {
-			if err := h.Serve(doorListener{l, &s.door}); err != http.ErrServerClosed {
+			if err := h.Serve(doorListener{l, s.door}); err != http.ErrServerClosed {
 				return err
 			}
 			return nil

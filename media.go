@@ -16,29 +16,38 @@ import (
 	"golang.org/x/net/websocket"
 )
 
-// postFeed publishes the body until it ends.
-func (s *server) postFeed(w http.ResponseWriter, r *http.Request) {
+// media serves feeds and streams. Its handlers end when ctx does.
+type media struct {
+	ctx    context.Context
+	mux    *mux
+	maxLag time.Duration
+	door   *door
+	log    *slog.Logger
+}
+
+// postTS publishes the body until it ends.
+func (m *media) postTS(w http.ResponseWriter, r *http.Request) {
 	c := http.NewResponseController(w)
-	if err := s.publish(r, func() { c.SetReadDeadline(past) }); err != nil {
-		s.refuse(w, r, err)
+	if err := m.publish(r, func() { c.SetReadDeadline(past) }); err != nil {
+		refuse(w, r, err)
 		return
 	}
 	answer(w, http.StatusOK, "ok")
 }
 
 // publish publishes the body of r; interrupt makes reads of it fail.
-func (s *server) publish(r *http.Request, interrupt func()) error {
-	name, err := cleanFeed(r.PathValue("feed"))
+func (m *media) publish(r *http.Request, interrupt func()) error {
+	name, err := cleanFeed(r.PathValue("name"))
 	if err != nil {
 		return err
 	}
-	defer onDone(s.ctx, interrupt)()
-	log := s.log.With("feed", name, "remote", r.RemoteAddr)
+	defer onDone(m.ctx, interrupt)()
+	log := m.log.With("feed", name, "remote", r.RemoteAddr)
 	log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
 	p := newPublisher(r, interrupt)
-	p.begun = func() { s.door.settle(r) }
-	err = s.mux.publish(name, p, r.Body)
-	if s.ctx.Err() != nil {
+	p.begun = func() { m.door.settle(r) }
+	err = m.mux.publish(name, p, r.Body)
+	if m.ctx.Err() != nil {
 		err = errShutdown
 	}
 	log.Info("publisher left", "err", err)
@@ -51,19 +60,19 @@ func newPublisher(r *http.Request, interrupt func()) *publisher {
 }
 
 // getTS sends a feed or stream as it is, until the reader leaves.
-func (s *server) getTS(w http.ResponseWriter, r *http.Request) {
+func (m *media) getTS(w http.ResponseWriter, r *http.Request) {
 	name, err := cleanName("feed or stream", r.PathValue("name"))
 	if err != nil {
-		s.refuse(w, r, err)
+		refuse(w, r, err)
 		return
 	}
 	if r.ContentLength != 0 { // net/http would wait for it before it answers
-		s.refuse(w, r, invalid("a GET of video has no body"))
+		refuse(w, r, invalid("a GET of video has no body"))
 		return
 	}
-	leave, err := s.door.reader(r)
+	leave, err := m.door.reader(r)
 	if err != nil {
-		s.refuse(w, r, err)
+		refuse(w, r, err)
 		return
 	}
 	defer leave()
@@ -75,16 +84,16 @@ func (s *server) getTS(w http.ResponseWriter, r *http.Request) {
 	}
 	conn := &response{w: w, c: http.NewResponseController(w)}
 	conn.c.Flush()
-	l := newLink(conn, s.log.With("stream", name, "remote", r.RemoteAddr))
+	l := newLink(conn, m.log.With("stream", name, "remote", r.RemoteAddr))
 	l.cannotResume()
 	l.pings = 0
-	sub := l.subscribe(raw, s.maxLag)
-	s.mux.join(name, sub)
+	sub := l.subscribe(raw, m.maxLag)
+	m.mux.join(name, sub)
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
-	defer context.AfterFunc(s.ctx, func() { cancel(errShutdown) })()
+	defer context.AfterFunc(m.ctx, func() { cancel(errShutdown) })()
 	l.log.Info("reader left", "err", l.send(ctx, sub))
-	s.mux.leave(name, sub)
+	m.mux.leave(name, sub)
 	sub.end()
 }
 
@@ -107,22 +116,22 @@ func (r *response) Write(b []byte) (int, error) {
 }
 
 // in publishes a feed from a websocket's binary messages, however split.
-func (s *server) in(w http.ResponseWriter, r *http.Request) {
-	name, err := cleanFeed(r.PathValue("feed"))
+func (m *media) in(w http.ResponseWriter, r *http.Request) {
+	name, err := cleanFeed(r.PathValue("name"))
 	if err != nil {
-		s.refuse(w, r, err)
+		refuse(w, r, err)
 		return
 	}
-	defer s.door.settle(r) // http.Server does not tell the end of a connection that was hijacked
-	s.upgrade(w, r, func(l *link, in *inbox) error {
-		l.log = s.log.With("feed", name, "remote", r.RemoteAddr)
+	defer m.door.settle(r) // http.Server does not tell the end of a connection that was hijacked
+	m.upgrade(w, r, func(l *link, in *inbox) error {
+		l.log = m.log.With("feed", name, "remote", r.RemoteAddr)
 		l.log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
-		ctx, cancel := context.WithCancelCause(s.ctx)
+		ctx, cancel := context.WithCancelCause(m.ctx)
 		defer cancel(nil)
 		p := newPublisher(r, func() { cancel(errReplaced) })
-		p.begun = func() { s.door.settle(r) }
-		return l.serve(ctx, l.subscribe(bare, s.maxLag), func() error {
-			return s.mux.publish(name, p, cutOff{in})
+		p.begun = func() { m.door.settle(r) }
+		return l.serve(ctx, l.subscribe(bare, m.maxLag), func() error {
+			return m.mux.publish(name, p, cutOff{in})
 		}, func() {})
 	})
 }
@@ -140,25 +149,25 @@ func (c cutOff) Read(p []byte) (int, error) {
 }
 
 // out sends a feed or stream to a viewer, such as JSMpeg.
-func (s *server) out(w http.ResponseWriter, r *http.Request) {
+func (m *media) out(w http.ResponseWriter, r *http.Request) {
 	name, err := cleanName("feed or stream", r.PathValue("name"))
 	if err != nil {
-		s.refuse(w, r, err)
+		refuse(w, r, err)
 		return
 	}
-	leave, err := s.door.reader(r)
+	leave, err := m.door.reader(r)
 	if err != nil {
-		s.refuse(w, r, err)
+		refuse(w, r, err)
 		return
 	}
 	defer leave()
-	s.upgrade(w, r, func(l *link, in *inbox) error {
-		l.log = s.log.With("stream", name, "remote", r.RemoteAddr)
+	m.upgrade(w, r, func(l *link, in *inbox) error {
+		l.log = m.log.With("stream", name, "remote", r.RemoteAddr)
 		l.log.Info("reader arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
-		sub := l.subscribe(bare, s.maxLag)
-		s.mux.join(name, sub)
-		err := l.serve(s.ctx, sub, func() error { return discard(in) }, func() {})
-		s.mux.leave(name, sub)
+		sub := l.subscribe(bare, m.maxLag)
+		m.mux.join(name, sub)
+		err := l.serve(m.ctx, sub, func() error { return discard(in) }, func() {})
+		m.mux.leave(name, sub)
 		sub.end()
 		return err
 	})
@@ -167,14 +176,14 @@ func (s *server) out(w http.ResponseWriter, r *http.Request) {
 // upgrade makes a websocket of the request, and closes it when serve returns.
 // The first subprotocol that is offered is accepted, whatever it is: JSMpeg
 // offers "null".
-func (s *server) upgrade(w http.ResponseWriter, r *http.Request, serve func(*link, *inbox) error) {
+func (m *media) upgrade(w http.ResponseWriter, r *http.Request, serve func(*link, *inbox) error) {
 	if err := checkUpgrade(r); err != nil {
 		w.Header().Set("Upgrade", "websocket")
 		w.Header().Set("Sec-WebSocket-Version", websocket.SupportedProtocolVersion)
-		s.refuse(w, r, err)
+		refuse(w, r, err)
 		return
 	}
-	h := &hijacker{ResponseWriter: w, log: s.log}
+	h := &hijacker{ResponseWriter: w, log: m.log}
 	websocket.Server{
 		Handshake: func(c *websocket.Config, _ *http.Request) error {
 			c.Protocol = c.Protocol[:min(len(c.Protocol), 1)]

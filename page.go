@@ -35,8 +35,6 @@ var pageTypes = map[string]string{
 const (
 	pageTimeout = 30 * time.Second // of one answer: the player has 125 kB, and phones can be slow
 	eventsEvery = time.Second
-	cookieName  = "vw"
-	cookieAge   = 30 * 24 * time.Hour
 )
 
 // The player, unless VW_PLAYER names another: JSMpeg, as a package of npm.
@@ -73,14 +71,19 @@ func newPlayer(v string) (p player, ok bool) {
 	return player{file: v}, true
 }
 
+// page serves the files of the page.
+type page struct {
+	player player // set before it serves
+}
+
 // plainHost is a Host that may stand in a policy.
 var plainHost = regexp.MustCompile(`^[A-Za-z0-9.-]+(:[0-9]+)?$`)
 
-// pageHeader sets what every file of the page is sent with. The websockets of
+// setHeader sets what every file of the page is sent with. The websockets of
 // the page's own host are named: not every browser takes 'self' for them.
-func (s *server) pageHeader(w http.ResponseWriter, r *http.Request) {
+func (p *page) setHeader(w http.ResponseWriter, r *http.Request) {
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(pageTimeout))
-	script, _, _ := strings.Cut(s.player.url, "?") // a source of a policy has no query
+	script, _, _ := strings.Cut(p.player.url, "?") // a source of a policy has no query
 	connect := ""
 	if plainHost.MatchString(r.Host) {
 		connect = " ws://" + r.Host + " wss://" + r.Host
@@ -97,7 +100,7 @@ func (s *server) pageHeader(w http.ResponseWriter, r *http.Request) {
 }
 
 // getPage answers with a file of the page.
-func (s *server) getPage(w http.ResponseWriter, r *http.Request) {
+func (p *page) getPage(w http.ResponseWriter, r *http.Request) {
 	name := strings.TrimPrefix(r.URL.Path, "/")
 	if name == "" {
 		name = "index.html"
@@ -106,24 +109,24 @@ func (s *server) getPage(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		panic(err) // its route is of a file that is embedded
 	}
-	s.pageHeader(w, r)
+	p.setHeader(w, r)
 	if name == "index.html" {
-		src := s.player.url
+		src := p.player.url
 		if src == "" {
 			src = "player.js"
 		}
-		b = []byte(strings.NewReplacer("{{player}}", html.EscapeString(src), "{{integrity}}", s.player.integrity).Replace(string(b)))
+		b = []byte(strings.NewReplacer("{{player}}", html.EscapeString(src), "{{integrity}}", p.player.integrity).Replace(string(b)))
 	}
 	w.Write(b)
 }
 
 // getPlayer answers with the file that VW_PLAYER names.
-func (s *server) getPlayer(w http.ResponseWriter, r *http.Request) {
-	info, err := os.Stat(s.player.file)
+func (p *page) getPlayer(w http.ResponseWriter, r *http.Request) {
+	info, err := os.Stat(p.player.file)
 	if err != nil || !info.Mode().IsRegular() {
-		s.refuse(w, r, httpError{http.StatusNotFound, "VW_PLAYER: there is no such file"})
+		refuse(w, r, httpError{http.StatusNotFound, "VW_PLAYER: there is no such file"})
 		return
 	}
-	s.pageHeader(w, r)
-	http.ServeFile(w, r, s.player.file)
+	p.setHeader(w, r)
+	http.ServeFile(w, r, p.player.file)
 }

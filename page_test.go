@@ -29,7 +29,7 @@ const far = "192.0.2.1:5000"
 // TestPageFiles: small, nothing inline, and with a policy that refuses what is.
 func TestPageFiles(t *testing.T) {
 	s := newTestServer(t, "")
-	s.player, _ = newPlayer("")
+	s.page.player, _ = newPlayer("")
 	size := 0
 	for path, kind := range pageTypes {
 		if path == "/login" || path == "/player.js" {
@@ -73,7 +73,7 @@ func TestPageFiles(t *testing.T) {
 		w := httptest.NewRecorder()
 		r := httptest.NewRequest("GET", "/", nil)
 		r.Host = host
-		s.pageHeader(w, r)
+		s.page.setHeader(w, r)
 		if got := w.Header().Get("Content-Security-Policy"); !strings.Contains(got, "connect-src 'self';") {
 			t.Errorf("Host %q: got %s", host, got)
 		}
@@ -114,7 +114,7 @@ func TestPlayerSetting(t *testing.T) {
 		{"a file that is missing", name, `404 {"error":"VW_PLAYER: there is no such file"}`},
 		{"a folder", filepath.Dir(name), `404 {"error":"VW_PLAYER: there is no such file"}`},
 	} {
-		s.player.file = tt.file
+		s.page.player.file = tt.file
 		if got := ask(s, "GET /player.js"); got != tt.want {
 			t.Errorf("%s: got %s, want %s", tt.name, got, tt.want)
 		}
@@ -122,7 +122,7 @@ func TestPlayerSetting(t *testing.T) {
 	if err := os.WriteFile(name, []byte("JSMpeg"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s.player = player{file: name}
+	s.page.player = player{file: name}
 	if got := ask(s, "GET /player.js"); got != "200 JSMpeg" {
 		t.Errorf("a file: got %s", got)
 	}
@@ -193,7 +193,7 @@ func TestSignIn(t *testing.T) {
 		{"after a restart", restarted, "GET /api/streams/all", cookie, 200},
 		{"with a new token", other, "GET /api/streams/all", cookie, 401},
 		{"without VW_TOKEN", open, "GET /", "", 403},
-		{"without VW_TOKEN, with a cookie", open, "GET /api/streams/all", "vw=" + open.session(), 403},
+		{"without VW_TOKEN, with a cookie", open, "GET /api/streams/all", "vw=" + open.door.session(), 403},
 	}
 	for _, tt := range tests {
 		if got := ask(tt.s, tt.request, "remote", far, "Cookie", tt.cookie); !strings.HasPrefix(got, fmt.Sprint(tt.want, " ")) {

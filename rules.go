@@ -367,6 +367,18 @@ func (r *rules) allDestinations() map[string]destinationRule {
 	return all
 }
 
+// destinationStats looks at what runs, by id.
+func (r *rules) destinationStats(now time.Time) map[string]*destinationStats {
+	r.mu.RLock()
+	running := maps.Clone(r.destinations)
+	r.mu.RUnlock()
+	all := make(map[string]*destinationStats, len(running))
+	for name, d := range running {
+		all[name] = d.stats(now)
+	}
+	return all
+}
+
 // deleteDestination removes a destination. When it returns, nothing more is
 // written to its relay (I6).
 func (r *rules) deleteDestination(name string) error {

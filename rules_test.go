@@ -20,7 +20,7 @@ import (
 // that there are can be changed, muted and deleted.
 func TestRuleLimits(t *testing.T) {
 	s := newTestServer(t, "")
-	s.rules.dial = func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("none") }
+	s.commands.rules.dial = func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("none") }
 	stream := func(i int, feeds string) string {
 		return fmt.Sprintf(`POST /api/streams {"stream":"stream/%d","feeds":[%s]}`, i, feeds)
 	}
@@ -64,7 +64,7 @@ func TestRuleLimits(t *testing.T) {
 func TestAllIsACopy(t *testing.T) {
 	s := newTestServer(t, "")
 	ask(s, `POST /api/streams {"stream":"stream/x","feeds":["a"]}`)
-	all := s.rules.allStreams()
+	all := s.commands.rules.allStreams()
 	before := maps.Clone(all)
 	ask(s, "DELETE /api/streams/all")
 	if !maps.EqualFunc(all, before, slices.Equal[[]string]) {
@@ -82,7 +82,7 @@ func TestSecrets(t *testing.T) {
 		shown = `"ws://***@127.0.0.1:1/in/a@b?x=1","token":"***","headers":{"X-Key":"***","X-Other":"***"}`
 	)
 	stored := func() string {
-		r, _ := s.rules.destination("0")
+		r, _ := s.commands.rules.destination("0")
 		return fmt.Sprintf("%s %s %q", r.Destination, r.Token, r.Headers)
 	}
 	steps := []struct{ request, want, stored string }{

@@ -10,9 +10,12 @@ import (
 	"maps"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"runtime/metrics"
+	"runtime/pprof"
 	"slices"
 	"strconv"
+	"sync"
 	"time"
 )
 
@@ -29,27 +32,55 @@ type stats struct {
 	Destinations map[string]*destinationStats `json:"destinations"`
 }
 
-// stats looks at everything, one thing after the other.
-func (s *server) stats() stats {
+// newStats looks at everything but the control link, one thing after the other.
+func newStats(started time.Time, r *rules) stats {
 	now := time.Now()
 	heap := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}}
 	metrics.Read(heap)
 	all := stats{
-		Version: version(), Uptime: now.Sub(s.started).Seconds(), Goroutines: runtime.NumGoroutine(),
+		Version: version(), Uptime: now.Sub(started).Seconds(), Goroutines: runtime.NumGoroutine(),
 		Heap: heap[0].Value.Uint64(), Descriptors: descriptors(),
-		Destinations: make(map[string]*destinationStats),
+		Destinations: r.destinationStats(now),
 	}
-	all.Feeds, all.Streams = s.mux.stats(now)
-	s.rules.mu.RLock()
-	running := maps.Clone(s.rules.destinations)
-	s.rules.mu.RUnlock()
-	for name, d := range running {
-		all.Destinations[name] = d.stats(now)
-	}
-	if s.control != nil {
-		all.Destinations[controlID] = s.control.stats(now)
-	}
+	all.Feeds, all.Streams = r.mux.stats(now)
 	return all
+}
+
+// version is what go build knows of the source.
+var version = sync.OnceValue(func() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	v := info.Main.Version
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" && v == "(devel)" {
+			v = s.Value
+		}
+	}
+	return v + " " + info.GoVersion
+})
+
+// profile writes a CPU profile of 30 s, or until stop.
+func profile(name string) (stop func(), err error) {
+	f, err := os.Create(name)
+	if err != nil {
+		return nil, err
+	}
+	if err := pprof.StartCPUProfile(f); err != nil {
+		f.Close()
+		return nil, err
+	}
+	end := func() {
+		pprof.StopCPUProfile()
+		f.Close()
+	}
+	t := time.AfterFunc(30*time.Second, end)
+	return func() {
+		if t.Stop() {
+			end()
+		}
+	}, nil
 }
 
 // descriptors counts the open files of this process; -1 where it cannot.

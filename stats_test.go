@@ -130,7 +130,7 @@ func TestMuted(t *testing.T) {
 		{`["b"]`, `["b"] ["c","a"]`},
 	} {
 		ask(s, `POST /api/streams {"stream":"stream/x","feeds":`+tt.feeds+`}`)
-		st := s.stats().Streams["stream/x"]
+		st := s.commands.stats().Streams["stream/x"]
 		feeds, _ := json.Marshal(st.Feeds)
 		muted, _ := json.Marshal(st.Muted)
 		if got := fmt.Sprintf("%s %s", feeds, muted); got != tt.want {
@@ -139,7 +139,7 @@ func TestMuted(t *testing.T) {
 	}
 	ask(s, "DELETE /api/streams/stream/x")
 	ask(s, `POST /api/streams {"stream":"stream/x","feeds":[]}`)
-	if st := s.stats().Streams["stream/x"]; len(st.Muted) != 0 {
+	if st := s.commands.stats().Streams["stream/x"]; len(st.Muted) != 0 {
 		t.Errorf("after a delete: got %v muted, want none", st.Muted)
 	}
 }
