@@ -49,6 +49,12 @@ func httpCall(t *testing.T, method, url, body string) string {
 
 // TestMain fails the run when goroutines are left behind (I3).
 func TestMain(m *testing.M) {
+	flag.Parse()
+	parallel := false
+	flag.Visit(func(f *flag.Flag) { parallel = parallel || f.Name == "test.parallel" })
+	if !parallel {
+		flag.Set("test.parallel", "5") // most of them wait, for relays that are silent
+	}
 	status := m.Run()
 	http.DefaultClient.CloseIdleConnections()
 	if left := leaked(); left != "" && status == 0 {
