@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Shows on one machine what vw does: a test picture and a tone, posted by two
-# ffmpeg processes, go through vw to a relay (vw itself) and to a viewer there.
+# ffmpeg processes, go through vw to a relay (vw itself) and to a viewer there,
+# a third ffmpeg, which decodes them.
 #
 #   ./demo.sh       runs until Ctrl-C
 #   ./demo.sh 10    ends after 10 s, with status 0 only if picture and tone
 #                   arrived and decode without an error
 #
-# VW_PORT is the port to use, 8888 by default. Needs Go; installs ffmpeg and
-# curl with apt-get where they are missing.
+# VW_PORT is the port to use, 8888 by default; VW_PLAYER is the page's player.
+# Needs Go; installs ffmpeg and curl with apt-get where they are missing.
 
 set -euo pipefail
 export LC_ALL=C # EPOCHREALTIME with a point
@@ -20,54 +21,27 @@ trap 'ending=130' INT
 trap 'ending=143' TERM
 obey() { ((ending == 0)) || exit $ending; }
 
-die() {
-	obey
-	printf 'demo.sh: %s\n' "$*" >&2
-	exit 1
-}
-
 seconds=${1:-0}
 if (($# > 1)) || [[ $# == 1 && ! $seconds =~ ^[1-9][0-9]{0,2}$ ]]; then
 	echo 'usage: ./demo.sh [seconds, 1 to 999]' >&2
 	exit 2
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=.ci/tools.sh
+. .ci/tools.sh
+
+needGo
+need ffmpeg=ffmpeg curl=curl ca-certificates=/etc/ssl/certs/ca-certificates.crt
+obey
+echo 'Building vw.'
+go build
+obey
 
 tmp=$(mktemp -d)
 declare -A names=() # of the processes that were started, by process id
 
-# finish ends what was started, and removes what was written. The jobs of this
-# shell are what it began, and nothing else.
-finish() {
-	trap '' INT TERM HUP PIPE
-	exec 2>/dev/null # bash tells of jobs that were killed
-	local pids
-	pids=$(jobs -pr)
-	for signal in TERM KILL; do
-		# shellcheck disable=SC2086 # one word each
-		! running $pids || kill -s $signal $pids || true
-		for ((i = 0; i < 60; i++)); do
-			# shellcheck disable=SC2086
-			running $pids || break 2
-			sleep 0.1
-		done
-	done
-	rm -rf "$tmp"
-}
-
-# running tells whether one of these children is neither gone nor a zombie.
-running() {
-	local pid stat
-	for pid; do
-		stat=$(cat "/proc/$pid/stat") && [[ ${stat##*) } != Z* ]] && return 0 # else it is the status from before the trap
-	done
-	return 1
-}
-trap finish EXIT
-
-# start runs a command in the background, its output and errors in $tmp/NAME.out and $tmp/NAME.log.
+# start runs a command in the background: start NAME COMMAND ...
 start() {
-	touch "$tmp/$1.out" "$tmp/$1.log"
 	"${@:2}" >>"$tmp/$1.out" 2>>"$tmp/$1.log" &
 	names[$!]=$1
 }
@@ -77,175 +51,128 @@ alive() {
 	obey
 	for pid in "${!names[@]}"; do
 		if ! kill -0 "$pid" 2>/dev/null; then
+			obey
 			tail -n 5 "$tmp/${names[$pid]}.log" >&2
-			die "${names[$pid]} has ended; its last words are above"
+			fail "${names[$pid]} has ended; its last words are above"
 		fi
 	done
 }
 
-# install gets packages with apt-get.
-install() {
-	command -v apt-get >/dev/null || die "please install $*: there is no apt-get here to do it"
-	local root=()
-	if ((EUID != 0)); then
-		command -v sudo >/dev/null || die "please install $* as root: there is no sudo here"
-		root=(sudo)
-	fi
-	echo "Installing $*."
-	"${root[@]}" apt-get update -q
-	"${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$@"
+# finish ends what was started, and removes what was written.
+finish() {
+	local pids
+	trap '' HUP INT TERM PIPE
+	exec 2>/dev/null # bash tells of jobs that were killed
+	for signal in TERM KILL; do
+		for ((i = 0; i < 60; i++)); do # vw ends within 5 s
+			pids=$(jobs -pr)
+			[[ -n $pids ]] || break 2
+			# shellcheck disable=SC2086 # one word each
+			((i > 0)) || kill -s $signal $pids || true
+			sleep 0.1
+		done
+	done
+	rm -rf "$tmp"
+}
+trap finish EXIT
+
+# await calls a function until it succeeds: await WHAT FUNCTION ARGUMENT ...
+await() {
+	local until=$((SECONDS + 20))
+	until "${@:2}"; do
+		alive
+		((SECONDS < until)) || fail "not within 20 s: $1"
+		sleep 0.1
+	done
 }
 
-# build makes ./vw.
-build() {
-	local need have
-	need=$(sed -n 's/^go //p' go.mod)
-	command -v go >/dev/null || PATH=$PATH:/usr/local/go/bin
-	command -v go >/dev/null || die "Go is missing: install Go $need or newer, see https://go.dev/doc/install"
-	have=$(go env GOVERSION 2>&1) || die "Go $need or newer is needed, see https://go.dev/doc/install ($have)"
-	if [[ $have == go[0-9]* && $(printf '%s\n' "$need" "${have#go}" | sort -V | head -n 1) != "$need" ]]; then
-		die "Go ${have#go} is too old: install Go $need or newer, see https://go.dev/doc/install"
-	fi
-	echo "Building vw with $have."
-	GOTMPDIR=$tmp go build || die 'vw does not build'
-}
-
-# call sets a rule: call PATH JSON.
+# call sets a rule: call PATH JSON
 call() {
 	echo "  curl -d '$2' $here$1"
-	curl -sS -d "$2" -o "$tmp/answer" -w '%{http_code}' "$here$1" >"$tmp/status" ||
-		die "vw does not answer"
-	[[ $(<"$tmp/status") == 200 ]] || die "vw refused the rule: $(<"$tmp/answer")"
+	curl -sS --fail-with-body -d "$2" -o "$tmp/answer" "$here$1" || fail "vw refused the rule: $(<"$tmp/answer")"
 }
-
-# pause waits so many milliseconds; unlike a sleep in the foreground, a signal
-# ends it at once.
-pause() {
-	local time
-	printf -v time '%d.%03d' $(($1 / 1000)) $(($1 % 1000))
-	sleep "$time" &
-	wait $! || true
-	obey
-}
-
-# flows waits until a feed comes: its first byte is the G (0x47) of a packet.
-flows() {
-	for ((i = 0; i < 10; i++)); do
-		[[ $(curl -sN -m 2 "$here/ts/$1" | head -c 1) != G ]] || return 0
-		alive
-	done
-	die "nothing arrived on the feed $1 within 20 s"
-}
-
-# check decodes the recording of $1 milliseconds.
-check() {
-	local tracks errors
-	echo "Decoding what was recorded in $(($1 / 1000)).$(($1 % 1000 / 100)) s ($(stat -c %s "$tmp/recorder.out") bytes):"
-	tracks=$(ffprobe -v error -count_frames -show_entries stream=codec_name,nb_read_frames -of flat "$tmp/recorder.out" 2>&1 |
-		awk -F '"' '/^streams.*codec_name/ { codec = $2 }
-			/^streams.*nb_read_frames/ { print codec, $2 + 0 }' | sort | paste -sd ' ')
-	[[ $tracks =~ ^'mp2 '([0-9]+)' mpeg1video '([0-9]+)$ ]] ||
-		die "the recording should have one track of mpeg1video and one of mp2, it has: ${tracks:-none}"
-	plausible 'frames of tone (mp2)' "${BASH_REMATCH[1]}" $(($1 * 48000 / 1152 / 1000)) 42
-	plausible 'pictures (mpeg1video)' "${BASH_REMATCH[2]}" $(($1 * 25 / 1000)) 25
-	# In ticks of 90 kHz: in 1/25 s, ffmpeg rounds two pictures to one time when the stream's clock is being set.
-	errors=$(ffmpeg -nostdin -v error -i "$tmp/recorder.out" -map 0 -enc_time_base:v 1:90000 -f null - 2>&1) ||
-		die "ffmpeg can't decode it: $errors"
-	errors=${errors#'Warning: using insecure memory!'} # libgcrypt, where memory can't be locked
-	[[ -z $errors ]] || die "ffmpeg found errors in it, the first of them:
-$(head -n 5 <<<"$errors")"
-	echo 'Picture and tone arrived, and decode without an error.'
-}
-
-# plausible ends the demo unless the number $2 of what $1 says is about $3, at
-# $4 a second: give or take a fifth, and the wait for a keyframe.
-plausible() {
-	local slack=$(($3 / 5 + $4 * 6 / 10))
-	echo "  $2 $1"
-	(($3 - slack <= $2 && $2 <= $3 + slack)) || die "about $3 were expected"
-}
-
-missing=()
-command -v ffmpeg >/dev/null && command -v ffprobe >/dev/null || missing+=(ffmpeg)
-command -v curl >/dev/null || missing+=(curl ca-certificates)
-((${#missing[@]} == 0)) || install "${missing[@]}"
-obey
-build
-obey
 
 # From here on everything stays on this machine, whatever the environment says.
-unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY
-port=${VW_PORT:-8888}
-unset "${!VW_@}"
-VW_PORT=$port start vw ./vw stream
-for ((i = 0; i < 100; i++)); do
-	! grep -q msg=listening "$tmp/vw.log" || break
-	if grep -q 'address already in use' "$tmp/vw.log"; then
-		die "port $port is in use: end the program that has it, or choose another: VW_PORT=8889 ./demo.sh"
-	fi
-	alive
-	pause 100
-done
-port=$(sed -n 's/.*msg=listening addr=.*:\([0-9]*\)$/\1/p' "$tmp/vw.log" | head -n 1) # VW_PORT=0: any
-[[ -n $port ]] || die 'vw does not listen after 10 s'
+port=${VW_PORT:-8888} player=${VW_PLAYER:-}
+unset "${!VW_@}" http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY
+VW_PORT=$port VW_PLAYER=$player start vw ./vw stream
+listening() {
+	! grep -q 'address already in use' "$tmp/vw.log" ||
+		fail "port $port is in use: end the program that has it, or choose another: VW_PORT=8889 ./demo.sh"
+	grep -q listening "$tmp/vw.log"
+}
+await 'vw listens' listening
+port=$(sed -n 's/.*listening.* addr=.*:\([0-9]*\)$/\1/p' "$tmp/vw.log" | head -n 1) # VW_PORT=0: any
 here=http://localhost:$port
-echo "vw runs, on port $port."
 
-quiet=(ffmpeg -nostdin -hide_banner -v warning)
+quiet=(ffmpeg -nostdin -hide_banner -v error)
 start video "${quiet[@]}" -re -f lavfi -i testsrc2=size=640x480:rate=25 \
 	-f mpegts -codec:v mpeg1video -b:v 1000k -bf 0 -g 12 "$here/ts/video0"
 start audio "${quiet[@]}" -re -f lavfi -i sine=frequency=440:sample_rate=48000 \
 	-f mpegts -codec:a mp2 -b:a 128k -muxdelay 0.001 "$here/ts/audio0"
-echo 'One ffmpeg posts a moving test picture to it, as the feed video0.'
+echo 'One ffmpeg posts a moving test picture, as the feed video0.'
 echo 'Another ffmpeg posts a tone, as the feed audio0.'
 echo 'These rules combine both into a stream, and send it to a relay, here vw itself:'
 call /api/streams '{"stream":"stream/demo","feeds":["video0","audio0"]}'
-call /api/destinations "{\"id\":\"0\",\"stream\":\"stream/demo\",\"destination\":\"ws://localhost:$port/in/relay0\"}"
-echo "Watch it at the relay: ffplay -fflags nobuffer -analyzeduration 1000000 $here/ts/relay0"
-echo "A JSMpeg player finds it on ws://localhost:$port/out/relay0 (README.md: Watching)"
+call /api/destinations '{"id":"0","stream":"stream/demo","destination":"ws://localhost:'"$port"'/in/relay0"}'
 
-flows video0
-flows audio0
-# One viewer lists the packets of the picture (0, …) and of the tone (1, …), the
-# other one records.
-start viewer ffmpeg -nostdin -v error -fflags nobuffer -analyzeduration 1000000 -i "$here/ts/relay0" -map 0:v:0 -map 0:a:0 \
-	-c copy -max_interleave_delta 100000 -flush_packets 1 -f framecrc pipe:1
-for ((i = 0; i < 200; i++)); do
-	! grep -q '^0,' "$tmp/viewer.out" || ! grep -q '^1,' "$tmp/viewer.out" || break
-	alive
-	pause 100
+flows() { [[ $(curl -sN -m 2 "$here/ts/$1" | head -c 1) == G ]]; } # 0x47, with which a packet begins
+for feed in video0 audio0 relay0; do
+	await "$feed flows" flows $feed
 done
-((i < 200)) || die 'picture and tone did not both arrive at the relay within 20 s'
-start recorder curl -sSN "$here/ts/relay0"
-began=${EPOCHREALTIME/./}
 
-if ((seconds > 0)); then
-	echo "What a viewer at the relay gets, for $seconds s:"
-else
-	echo 'What a viewer at the relay gets (Ctrl-C ends it all):'
+# The viewer prints a line for each picture (0, …) and each frame of tone (1, …)
+# that it has decoded, with times in ticks of 90 kHz: in 1/25 s, ffmpeg would
+# round two pictures to one time while the stream's clock is being set.
+mkfifo "$tmp/viewer.out"
+exec 3<>"$tmp/viewer.out"
+start viewer "${quiet[@]}" -fflags nobuffer -analyzeduration 1000000 -threads 1 -i "$here/ts/relay0" \
+	-map 0:v:0 -map 0:a:0 -max_interleave_delta 100000 -enc_time_base:v 1:90000 -flush_packets 1 -f framecrc pipe:1
+pictures=0 tones=0
+
+# watch counts what the viewer decodes until the time $1, in µs.
+watch() {
+	local line
+	while ((${EPOCHREALTIME/./} < $1)); do
+		obey
+		line=
+		read -r -t 0.1 -u 3 line || true
+		case $line in
+		0,*) ((++pictures)) ;;
+		1,*) ((++tones)) ;;
+		esac
+	done
+	alive
+}
+arrived() {
+	watch $((${EPOCHREALTIME/./} + 100000))
+	((pictures > 0 && tones > 0))
+}
+await 'picture and tone arrive at the relay' arrived
+
+echo "
+Open $here/
+
+That is the page: mute there, look at a preview, add a relay. Or watch at the relay, with sound:
+  ffplay -fflags nobuffer -analyzeduration 1000000 $here/ts/relay0
+Ctrl-C ends it all. A viewer at the relay has decoded:"
+newline='\n'
+if [[ $seconds == 0 && -t 1 ]]; then
+	newline='\r' # the address stays in view
 fi
-exec 3<"$tmp/viewer.out" # each reader goes on where the one before it ended
-cat <&3 >/dev/null
-was=0
+pictures=0 tones=0 began=${EPOCHREALTIME/./}
 for ((second = 1; seconds == 0 || second <= seconds; second++)); do
-	left=$((second * 1000 - (${EPOCHREALTIME/./} - began) / 1000))
-	((left < 0)) || pause $left
-	alive
-	size=$(stat -c %s "$tmp/recorder.out")
-	counts=$(awk '/^0,/ { p++ } /^1,/ { t++ } END { printf "%4d pictures %4d frames of tone", p, t }' <&3)
-	printf '%5d s %8d bytes %5d kbit/s %s\n' $second $((size - was)) $(((size - was) * 8 / 1000)) "$counts"
-	was=$size
-	if ((seconds == 0 && size > 8 << 20)); then # nobody will decode it
-		: >"$tmp/recorder.out"
-		: >"$tmp/viewer.out"
-		exec 3<"$tmp/viewer.out"
-		was=0
-	fi
+	watch $((began + second * 1000000))
+	printf "%5d s %7d pictures %7d frames of tone$newline" $second $pictures $tones
 done
 
-# Without its rule the stream ends with a whole frame.
-curl -sS -X DELETE "$here/api/destinations/0" >/dev/null || die 'vw does not answer'
-took=$(((${EPOCHREALTIME/./} - began) / 1000))
-pause 500
-alive
-check "$took"
+# near ends the demo unless the number $1 of what $2 says is about $3: give or
+# take a fifth, and half a second.
+near() {
+	(($1 * 5 > $3 * 4 - $4 * 3 && $1 * 5 < $3 * 6 + $4 * 3)) || fail "$1 $2 were decoded, about $3 were expected"
+}
+near $pictures pictures $((seconds * 25)) 25
+near $tones 'frames of tone' $((seconds * 125 / 3)) 42
+errors=$(grep -v 'Warning: using insecure memory!' "$tmp/viewer.log" || true) # libgcrypt, where memory can't be locked
+[[ -z $errors ]] || fail "the viewer found errors, the first of them: $(head -n 5 <<<"$errors")"
+echo 'Picture and tone arrived, and decode without an error.'
