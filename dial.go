@@ -33,12 +33,50 @@ import (
 	"golang.org/x/net/websocket"
 )
 
-const maxAccess = 64 << 10 // bytes of answer to the POST
+const (
+	dialTimeout      = 2 * time.Second
+	handshakeTimeout = 5 * time.Second
+	maxHandshake     = 16 << 10 // bytes of answer
+	maxAccess        = 64 << 10 // bytes of answer to the POST
+)
+
+// Why a handshake fails, other than by an answer.
+var (
+	errNoAnswer   = errors.New("no answer")
+	errUnanswered = errors.New("closed without an answer")
+)
 
 // tokenRefused: the relay does not want the token. It will not change its mind soon.
 type tokenRefused struct{ text string }
 
 func (e tokenRefused) Error() string { return e.text }
+
+// unreachable is an error of a dial.
+type unreachable struct{ error }
+
+func (e unreachable) Unwrap() error { return e.error }
+
+// statusError is a relay's answer other than 101.
+type statusError struct {
+	code int
+	line string // such as "401 Unauthorized"
+}
+
+func (e statusError) Error() string { return "the relay answered " + e.line }
+
+// refusal is a proxy's answer to CONNECT other than success.
+type refusal statusError
+
+func (e refusal) Error() string { return strings.Trim(strconv.QuoteToASCII(e.line), `"`) }
+
+func (e refusal) Unwrap() error { return statusError(e) }
+
+// brief is an error that may quote what the other side sent.
+type brief struct{ error }
+
+func (e brief) Error() string { return fmt.Sprintf("%.200s", e.error.Error()) }
+
+func (e brief) Unwrap() error { return e.error }
 
 // open connects to the relay, and returns when media may flow. It blocks for
 // 24 s at most, and ends with ctx. An error does not show a secret.
@@ -159,60 +197,6 @@ func (d *destination) allowed(b []byte) (*url.URL, error) {
 	return u, nil
 }
 
-// brief is an error that may quote what the other side sent.
-type brief struct{ error }
-
-func (e brief) Error() string { return fmt.Sprintf("%.200s", e.error.Error()) }
-func (e brief) Unwrap() error { return e.error }
-
-// statusError is a relay's answer other than 101.
-type statusError struct {
-	code int
-	line string // such as "401 Unauthorized"
-}
-
-func (e statusError) Error() string { return "the relay answered " + e.line }
-
-// tlsConfig is that of a client of host; nil roots are the system's.
-func tlsConfig(host string, roots *x509.CertPool) *tls.Config {
-	return &tls.Config{
-		ServerName: host, RootCAs: roots, MinVersion: tls.VersionTLS12,
-		NextProtos: []string{"http/1.1"}, DynamicRecordSizingDisabled: true,
-	}
-}
-
-// hostPort is where u is dialled.
-func hostPort(u *url.URL) string {
-	port := u.Port()
-	if port == "" {
-		port = map[string]string{"ws": "80", "http": "80", "wss": "443", "https": "443"}[u.Scheme]
-	}
-	return net.JoinHostPort(u.Hostname(), port)
-}
-
-// refusal is a proxy's answer to CONNECT other than success.
-type refusal statusError
-
-func (e refusal) Error() string { return strings.Trim(strconv.QuoteToASCII(e.line), `"`) }
-
-func (e refusal) Unwrap() error { return statusError(e) }
-
-// readAnswer reads the header of the answer, and not a byte more: what comes
-// after it is the tunnel's.
-func readAnswer(r io.Reader, ask *http.Request) (*http.Response, error) {
-	head := make([]byte, 0, 512)
-	for !bytes.HasSuffix(head, []byte("\n\r\n")) && !bytes.HasSuffix(head, []byte("\n\n")) {
-		if len(head) == maxHandshake {
-			return nil, fmt.Errorf("the answer is longer than %d bytes", maxHandshake)
-		}
-		head = append(head, 0)
-		if _, err := io.ReadFull(r, head[len(head)-1:]); err != nil {
-			return nil, err
-		}
-	}
-	return http.ReadResponse(bufio.NewReader(bytes.NewReader(head)), ask)
-}
-
 // reach opens a connection to the host of u, or a tunnel to it. That takes at
 // most 2 s, and 5 s more through a proxy.
 func (d *destination) reach(ctx context.Context, u *url.URL) (net.Conn, error) {
@@ -300,6 +284,39 @@ func (d *destination) tunnel(ctx context.Context, conn net.Conn, proxy *url.URL,
 		return nil, unreachable{no}
 	}
 	return nil, no
+}
+
+// readAnswer reads the header of the answer, and not a byte more: what comes
+// after it is the tunnel's.
+func readAnswer(r io.Reader, ask *http.Request) (*http.Response, error) {
+	head := make([]byte, 0, 512)
+	for !bytes.HasSuffix(head, []byte("\n\r\n")) && !bytes.HasSuffix(head, []byte("\n\n")) {
+		if len(head) == maxHandshake {
+			return nil, fmt.Errorf("the answer is longer than %d bytes", maxHandshake)
+		}
+		head = append(head, 0)
+		if _, err := io.ReadFull(r, head[len(head)-1:]); err != nil {
+			return nil, err
+		}
+	}
+	return http.ReadResponse(bufio.NewReader(bytes.NewReader(head)), ask)
+}
+
+// hostPort is where u is dialled.
+func hostPort(u *url.URL) string {
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"ws": "80", "http": "80", "wss": "443", "https": "443"}[u.Scheme]
+	}
+	return net.JoinHostPort(u.Hostname(), port)
+}
+
+// tlsConfig is that of a client of host; nil roots are the system's.
+func tlsConfig(host string, roots *x509.CertPool) *tls.Config {
+	return &tls.Config{
+		ServerName: host, RootCAs: roots, MinVersion: tls.VersionTLS12,
+		NextProtos: []string{"http/1.1"}, DynamicRecordSizingDisabled: true,
+	}
 }
 
 // open does the TLS and the websocket handshake as a client. It takes header.
@@ -434,14 +451,3 @@ func (l *link) exchange(ctx context.Context, what string, frame []byte, answer f
 	}
 	return fmt.Errorf("%s: %w", what, plain(err))
 }
-
-// unreachable is an error of a dial.
-type unreachable struct{ error }
-
-func (e unreachable) Unwrap() error { return e.error }
-
-// Why a handshake fails, other than by an answer.
-var (
-	errNoAnswer   = errors.New("no answer")
-	errUnanswered = errors.New("closed without an answer")
-)

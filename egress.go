@@ -17,6 +17,11 @@ import (
 	"time"
 )
 
+const (
+	healthyAfter = 5 * time.Second
+	maxReturn    = 400 * time.Millisecond
+)
+
 // destination sends a feed or stream to a relay until it is stopped.
 type destination struct {
 	rule   destinationRule
@@ -70,18 +75,14 @@ func (d *destination) drain() {
 	s.drain()
 }
 
-// count returns the counters of all of d's connections, and how many messages
-// are queued in the open one.
-func (d *destination) count() (c counters, queued int) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	c = d.past
-	if s := d.sub; s != nil {
-		now, n := s.count()
-		c.add(now)
-		queued = n
+// ended tells whether nothing more will be written for d.
+func (d *destination) ended() bool {
+	select {
+	case <-d.quiet:
+		return true
+	default:
+		return false
 	}
-	return c, queued
 }
 
 // run sends until ctx is done.
@@ -121,41 +122,6 @@ func (d *destination) keepUp(ctx context.Context, connect func(ctx context.Conte
 	}
 }
 
-// lost is why an open connection ended.
-type lost struct{ error }
-
-func (e lost) Unwrap() error { return e.error }
-
-// failure is what kind of failure err is, for the log: an open connection can
-// be lost, and a relay refuse, in many words.
-func failure(err error) string {
-	var dns *net.DNSError // it quotes the port of the query
-	var status statusError
-	switch {
-	case errors.As(err, new(lost)):
-		return "lost"
-	case errors.As(err, &dns):
-		return "lookup " + dns.Name
-	case errors.As(err, &status):
-		return strconv.Itoa(status.code)
-	case errors.As(err, new(tokenRefused)):
-		return "token"
-	}
-	return err.Error()
-}
-
-// opens notes that a connection is open. The log is told now, or when it has
-// lasted until then without a call of stop: it may be one that closes at once.
-func (d *destination) opens(tell bool) (stop func()) {
-	d.is("open")
-	if tell {
-		d.log.Info("connected")
-		return func() {}
-	}
-	t := time.AfterFunc(healthyAfter, func() { d.log.Info("connected again") })
-	return func() { t.Stop() }
-}
-
 // connect is one connection: open, then send. healthy tells whether it
 // was open for 5 s; the error, never nil, why it ended.
 func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err error) {
@@ -186,6 +152,139 @@ func (d *destination) connect(ctx context.Context, tell bool) (healthy bool, err
 	d.past.add(s.end())
 	d.mu.Unlock()
 	return time.Since(opened) >= healthyAfter, lost{err}
+}
+
+// opens notes that a connection is open. The log is told now, or when it has
+// lasted until then without a call of stop: it may be one that closes at once.
+func (d *destination) opens(tell bool) (stop func()) {
+	d.is("open")
+	if tell {
+		d.log.Info("connected")
+		return func() {}
+	}
+	t := time.AfterFunc(healthyAfter, func() { d.log.Info("connected again") })
+	return func() { t.Stop() }
+}
+
+// is sets the state of d.
+func (d *destination) is(state string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.status.is(state)
+}
+
+// waits sets the state of d until its next try.
+func (d *destination) waits(wait time.Duration, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.status.err, d.status.retryAt = err, time.Now().Add(wait)
+	state := "waiting"
+	if refused(err) {
+		state = "refused"
+	}
+	d.status.is(state)
+}
+
+// count returns the counters of all of d's connections, and how many messages
+// are queued in the open one.
+func (d *destination) count() (c counters, queued int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c = d.past
+	if s := d.sub; s != nil {
+		now, n := s.count()
+		c.add(now)
+		queued = n
+	}
+	return c, queued
+}
+
+func (d *destination) stats(now time.Time) *destinationStats {
+	c, queued := d.count()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s := &destinationStats{
+		ID: d.rule.ID, Stream: d.rule.Stream, Destination: d.shown(),
+		State: d.status.state, Since: d.status.since,
+		Bytes: c.bytes, Frames: c.frames, Messages: c.delivered, Queued: queued,
+		Dropped:    c.drops(),
+		Reconnects: max(d.status.opened, 1) - 1,
+	}
+	if d.link != nil {
+		s.QueueAge = d.sub.age(now).Seconds()
+		s.RoundTrip = time.Duration(d.link.roundTrip.Load()).Seconds()
+	}
+	if at := d.status.retryAt; s.State == "waiting" || s.State == "refused" {
+		s.RetryAt = &at
+	}
+	if d.status.err != nil {
+		s.Error = d.status.err.Error()
+	}
+	return s
+}
+
+// shown is the URL of d without what may be secret.
+func (d *destination) shown() string {
+	return d.url.Scheme + "://" + d.url.Host + d.url.EscapedPath()
+}
+
+// status is how a destination is. Guarded by destination.mu.
+type status struct {
+	state   string
+	since   time.Time
+	retryAt time.Time // while it waits
+	err     error     // why the last connection ended, or there was none
+	opened  uint64    // connections
+}
+
+func (s *status) is(state string) {
+	if s.state != state {
+		s.state, s.since = state, time.Now()
+	}
+	if state == "open" {
+		s.opened++
+	}
+}
+
+type destinationStats struct {
+	ID          id         `json:"id"`
+	Stream      string     `json:"stream"`
+	Destination string     `json:"destination"` // without what may be secret
+	State       string     `json:"state"`       // connecting (the first time), open, waiting, refused
+	Since       time.Time  `json:"since"`
+	RetryAt     *time.Time `json:"retryAt,omitempty"`
+	Error       string     `json:"error,omitempty"` // why the last connection ended, or there was none
+	Bytes       uint64     `json:"bytes"`
+	Frames      uint64     `json:"frames"`
+	Messages    uint64     `json:"messages"`
+	Dropped     dropStats  `json:"dropped"` // messages
+	Queued      int        `json:"queued"`  // messages
+	QueueAge    float64    `json:"queueAge"`
+	RoundTrip   float64    `json:"roundTrip"` // of a ping; 0: not known
+	Reconnects  uint64     `json:"reconnects"`
+}
+
+// lost is why an open connection ended.
+type lost struct{ error }
+
+func (e lost) Unwrap() error { return e.error }
+
+// failure is what kind of failure err is, for the log: an open connection can
+// be lost, and a relay refuse, in many words.
+func failure(err error) string {
+	var dns *net.DNSError // it quotes the port of the query
+	var status statusError
+	switch {
+	case errors.As(err, new(lost)):
+		return "lost"
+	case errors.As(err, &dns):
+		return "lookup " + dns.Name
+	case errors.As(err, &status):
+		return strconv.Itoa(status.code)
+	case errors.As(err, new(tokenRefused)):
+		return "token"
+	}
+	return err.Error()
 }
 
 // backoff says how long to wait after a failure. The zero value is ready.
@@ -223,11 +322,6 @@ func refused(err error) bool {
 	return errors.As(err, new(*tls.CertificateVerificationError)) || errors.As(err, new(tokenRefused))
 }
 
-// shown is the URL of d without what may be secret.
-func (d *destination) shown() string {
-	return d.url.Scheme + "://" + d.url.Host + d.url.EscapedPath()
-}
-
 // running is a destination, and those that it is taking over from.
 type running struct {
 	*destination
@@ -261,93 +355,4 @@ func handOver(old, next *destination) {
 	case <-late.C:
 	}
 	old.stop()
-}
-
-// ended tells whether nothing more will be written for d.
-func (d *destination) ended() bool {
-	select {
-	case <-d.quiet:
-		return true
-	default:
-		return false
-	}
-}
-
-// status is how a destination is. Guarded by destination.mu.
-type status struct {
-	state   string
-	since   time.Time
-	retryAt time.Time // while it waits
-	err     error     // why the last connection ended, or there was none
-	opened  uint64    // connections
-}
-
-func (s *status) is(state string) {
-	if s.state != state {
-		s.state, s.since = state, time.Now()
-	}
-	if state == "open" {
-		s.opened++
-	}
-}
-
-// is sets the state of d.
-func (d *destination) is(state string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.status.is(state)
-}
-
-// waits sets the state of d until its next try.
-func (d *destination) waits(wait time.Duration, err error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.status.err, d.status.retryAt = err, time.Now().Add(wait)
-	state := "waiting"
-	if refused(err) {
-		state = "refused"
-	}
-	d.status.is(state)
-}
-
-func (d *destination) stats(now time.Time) *destinationStats {
-	c, queued := d.count()
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	s := &destinationStats{
-		ID: d.rule.ID, Stream: d.rule.Stream, Destination: d.shown(),
-		State: d.status.state, Since: d.status.since,
-		Bytes: c.bytes, Frames: c.frames, Messages: c.delivered, Queued: queued,
-		Dropped:    c.drops(),
-		Reconnects: max(d.status.opened, 1) - 1,
-	}
-	if d.link != nil {
-		s.QueueAge = d.sub.age(now).Seconds()
-		s.RoundTrip = time.Duration(d.link.roundTrip.Load()).Seconds()
-	}
-	if at := d.status.retryAt; s.State == "waiting" || s.State == "refused" {
-		s.RetryAt = &at
-	}
-	if d.status.err != nil {
-		s.Error = d.status.err.Error()
-	}
-	return s
-}
-
-type destinationStats struct {
-	ID          id         `json:"id"`
-	Stream      string     `json:"stream"`
-	Destination string     `json:"destination"` // without what may be secret
-	State       string     `json:"state"`       // connecting (the first time), open, waiting, refused
-	Since       time.Time  `json:"since"`
-	RetryAt     *time.Time `json:"retryAt,omitempty"`
-	Error       string     `json:"error,omitempty"` // why the last connection ended, or there was none
-	Bytes       uint64     `json:"bytes"`
-	Frames      uint64     `json:"frames"`
-	Messages    uint64     `json:"messages"`
-	Dropped     dropStats  `json:"dropped"` // messages
-	Queued      int        `json:"queued"`  // messages
-	QueueAge    float64    `json:"queueAge"`
-	RoundTrip   float64    `json:"roundTrip"` // of a ping; 0: not known
-	Reconnects  uint64     `json:"reconnects"`
 }

@@ -22,8 +22,28 @@ import (
 	"time"
 )
 
-// errShutdown ends everything that runs.
-var errShutdown = errors.New("vw is shutting down")
+const (
+	pingEvery = 2 * time.Second
+	// A relay that stalls for 4 s just before it answers a ping is silent for
+	// 6 s and lives on; one that has vanished is noticed within 7 s.
+	maxSilence   = 6500 * time.Millisecond
+	maxStall     = 5 * time.Second // without progress of a write
+	stallStep    = time.Second     // how often progress is looked at
+	closeTimeout = 100 * time.Millisecond
+	maxTakeOver  = 2 * time.Second
+
+	maxRead   = 4 << 10  // bytes from a relay in a millisecond
+	maxBatch  = 64 << 10 // bytes in one writev
+	maxRecord = 16 << 10 // bytes in one TLS record. RFC 8446 5.1
+)
+
+// Why a link ends, other than by its network.
+var (
+	errRemoved    = errors.New("rule removed")
+	errTakenOver  = errors.New("taken over by the new URL")
+	errPeerClosed = errors.New("closed by the other side")
+	errShutdown   = errors.New("vw is shutting down") // ends everything that runs
+)
 
 // link is a connection to one reader. Only its send loop writes.
 type link struct {
@@ -58,6 +78,12 @@ type link struct {
 	armed   time.Time // when the write deadline was set; zero: it must be set again
 	stalled time.Time // since when no write made progress; zero: the last did
 	torn    bool      // a control frame is begun and not whole
+}
+
+// sentPing is a ping on its way.
+type sentPing struct {
+	at      time.Time
+	payload [8]byte
 }
 
 func newLink(conn net.Conn, log *slog.Logger) *link {
@@ -156,6 +182,15 @@ func (l *link) serve(ctx context.Context, s *subscriber, read func() error, quie
 	why := context.Cause(ctx)
 	l.close(why, s, gone, removed, quiet)
 	return why
+}
+
+// discard reads what a relay or viewer sends, until the connection ends.
+func discard(in *inbox) error {
+	for {
+		if _, err := in.next(); err != nil {
+			return err
+		}
+	}
 }
 
 // send writes what s queues, control frames and pings, until ctx is done or a
@@ -353,11 +388,8 @@ func (l *link) sendClose(code uint16) error {
 	return err
 }
 
-// sentPing is a ping on its way.
-type sentPing struct {
-	at      time.Time
-	payload [8]byte
-}
+// past is a deadline that interrupts at once.
+var past = time.Unix(1, 0)
 
 // onDone calls f when ctx is done. The function it returns undoes that, or
 // waits for f; then f is not running and will not.
@@ -387,42 +419,3 @@ func plain(err error) error {
 	}
 	return err
 }
-
-// past is a deadline that interrupts at once.
-var past = time.Unix(1, 0)
-
-// discard reads what a relay or viewer sends, until the connection ends.
-func discard(in *inbox) error {
-	for {
-		if _, err := in.next(); err != nil {
-			return err
-		}
-	}
-}
-
-// Why a link ends, other than by its network.
-var (
-	errRemoved    = errors.New("rule removed")
-	errTakenOver  = errors.New("taken over by the new URL")
-	errPeerClosed = errors.New("closed by the other side")
-)
-
-const (
-	dialTimeout      = 2 * time.Second
-	handshakeTimeout = 5 * time.Second
-	maxHandshake     = 16 << 10 // bytes of answer
-	pingEvery        = 2 * time.Second
-	// A relay that stalls for 4 s just before it answers a ping is silent for
-	// 6 s and lives on; one that has vanished is noticed within 7 s.
-	maxSilence   = 6500 * time.Millisecond
-	maxStall     = 5 * time.Second // without progress of a write
-	stallStep    = time.Second     // how often progress is looked at
-	closeTimeout = 100 * time.Millisecond
-	healthyAfter = 5 * time.Second
-	maxReturn    = 400 * time.Millisecond
-	maxTakeOver  = 2 * time.Second
-
-	maxRead   = 4 << 10  // bytes from a relay in a millisecond
-	maxBatch  = 64 << 10 // bytes in one writev
-	maxRecord = 16 << 10 // bytes in one TLS record. RFC 8446 5.1
-)
