@@ -262,7 +262,7 @@ func (f *framer) packet(p packet) {
 			f.begin(s, int(pid) == f.video, p.randomAccess())
 			s.left = size
 			if s.codec == "" {
-				s.codec = codecOf(payload)
+				s.codec = mpegCodec(payload)
 				f.listed = nil
 			}
 		}
@@ -289,7 +289,7 @@ func (f *framer) packet(p packet) {
 func (f *framer) follow(g *program) {
 	f.video, f.listed = -1, nil
 	for _, t := range g.tracks {
-		if t.video() && f.video < 0 {
+		if t.coding().kind == pictureTrack && f.video < 0 {
 			f.video = int(t.pid)
 		}
 	}
@@ -407,8 +407,8 @@ func (f *framer) tracks() []trackStats {
 		return f.listed
 	}
 	for _, t := range f.psi.program.tracks {
-		codec := t.codec()
-		if i := f.index[t.pid]; t.mpegVideoOrAudio() && i != 0 && f.pids[i].codec != "" {
+		codec := t.coding().name
+		if i := f.index[t.pid]; t.isMPEG12() && i != 0 && f.pids[i].codec != "" {
 			codec = f.pids[i].codec
 		}
 		f.listed = append(f.listed, trackStats{t.pid, codec})

@@ -49,19 +49,19 @@ func (p packet) payload() []byte {
 	return p[at:]
 }
 
-// randomAccess tells whether random_access_indicator is set.
+// randomAccess reports whether random_access_indicator is set.
 func (p packet) randomAccess() bool {
 	a := p.adaptation()
 	return len(a) > 0 && a[0]&0x40 != 0
 }
 
-// discontinuity tells whether discontinuity_indicator is set.
+// discontinuity reports whether discontinuity_indicator is set.
 func (p packet) discontinuity() bool {
 	a := p.adaptation()
 	return len(a) > 0 && a[0]&0x80 != 0
 }
 
-// stuffed tells whether the adaptation field holds stuffing: the sign of a
+// stuffed reports whether the adaptation field holds stuffing: the sign of a
 // packet whose payload did not fill it, which is the last one of a PES.
 // ISO 13818-1 2.4.3.5.
 func (p packet) stuffed() bool {
@@ -86,8 +86,8 @@ func (p packet) stuffed() bool {
 	return used < len(a)
 }
 
-// pesStart looks at the first payload of a PES packet: its stream_id, and how
-// many bytes the whole PES packet has, 0 when it does not say.
+// pesStart reads the start of a PES packet: its stream_id and its size in
+// bytes, header included, or 0 if the packet does not state a length.
 // ISO 13818-1 2.4.3.6.
 func pesStart(payload []byte) (streamID byte, size int, ok bool) {
 	if len(payload) < 4 || payload[0] != 0 || payload[1] != 0 || payload[2] != 1 {
@@ -101,8 +101,105 @@ func pesStart(payload []byte) (streamID byte, size int, ok bool) {
 	return payload[3], size, true
 }
 
-// isVideoID tells whether a PES stream_id means video. ISO 13818-1 table 2-22.
+// isVideoID reports whether a PES stream_id is one of video. ISO 13818-1 table 2-22.
 func isVideoID(streamID byte) bool { return streamID&0xf0 == 0xe0 }
+
+// Stream types, the kinds of elementary streams that a program map lists.
+// ISO 13818-1 table 2-34; from 0x80 on as ATSC and SMPTE-RA assign them.
+const (
+	typeMPEG1Video   = 0x01
+	typeMPEG2Video   = 0x02
+	typeMPEG1Audio   = 0x03
+	typeMPEG2Audio   = 0x04
+	typeAAC          = 0x0f // ADTS
+	typeMPEG4Video   = 0x10
+	typeAACLATM      = 0x11
+	typeH264         = 0x1b
+	typeMPEG4Raw     = 0x1c // MPEG-4 audio without a transport syntax
+	typeAuxVideo     = 0x1e
+	typeSVC          = 0x1f
+	typeMVC          = 0x20
+	typeJPEG2000     = 0x21
+	typeMPEG2Stereo  = 0x22
+	typeH264Stereo   = 0x23
+	typeHEVC         = 0x24
+	typeHEVCTemporal = 0x25
+	typeJPEGXS       = 0x32
+	typeVVC          = 0x33
+	typeVVCTemporal  = 0x34
+	typeEVC          = 0x35
+	typeAVS          = 0x42
+	typeAC3          = 0x81
+	typeDTS          = 0x82
+	typeEAC3         = 0x87
+	typeDirac        = 0xd1
+	typeAVS2         = 0xd2
+	typeAVS3         = 0xd4
+	typeVC1          = 0xea
+)
+
+// Descriptor tags. ISO 13818-1 table 2-45; from 0x40 on ETSI EN 300 468.
+const (
+	tagRegistration = 0x05
+	tagTeletext     = 0x56
+	tagSubtitling   = 0x59
+	tagAC3          = 0x6a
+	tagEAC3         = 0x7a
+	tagDTS          = 0x7b
+	tagAAC          = 0x7c
+	tagExtension    = 0x7f
+)
+
+// trackKind is what a viewer gets from a track.
+type trackKind int
+
+const (
+	dataTrack trackKind = iota // or one that is not known
+	soundTrack
+	pictureTrack
+)
+
+// coding is the format of a track: its common name, as ffmpeg has it, and
+// its kind.
+type coding struct {
+	name string
+	kind trackKind
+}
+
+var codingsByType = map[byte]coding{
+	typeMPEG1Video: {"mpeg1video", pictureTrack}, typeMPEG2Video: {"mpeg2video", pictureTrack},
+	typeMPEG4Video: {"mpeg4", pictureTrack}, typeH264: {"h264", pictureTrack}, typeAuxVideo: {"aux video", pictureTrack},
+	typeSVC: {"h264", pictureTrack}, typeMVC: {"h264", pictureTrack}, typeJPEG2000: {"jpeg2000", pictureTrack},
+	typeMPEG2Stereo: {"mpeg2video", pictureTrack}, typeH264Stereo: {"h264", pictureTrack}, typeHEVC: {"hevc", pictureTrack},
+	typeHEVCTemporal: {"hevc", pictureTrack}, typeJPEGXS: {"jpegxs", pictureTrack}, typeVVC: {"vvc", pictureTrack},
+	typeVVCTemporal: {"vvc", pictureTrack}, typeEVC: {"evc", pictureTrack}, typeAVS: {"cavs", pictureTrack},
+	typeDirac: {"dirac", pictureTrack}, typeAVS2: {"avs2", pictureTrack}, typeAVS3: {"avs3", pictureTrack},
+	typeVC1: {"vc1", pictureTrack},
+
+	typeMPEG1Audio: {"mp2", soundTrack}, typeMPEG2Audio: {"mp2", soundTrack}, typeAAC: {"aac", soundTrack},
+	typeAACLATM: {"aac_latm", soundTrack}, typeMPEG4Raw: {"aac", soundTrack}, typeAC3: {"ac3", soundTrack},
+	typeDTS: {"dts", soundTrack}, typeEAC3: {"eac3", soundTrack},
+}
+
+// codingsByRegistration has the format_identifiers of SMPTE-RA that name one.
+var codingsByRegistration = map[string]coding{
+	"AV01": {"av1", pictureTrack}, "HEVC": {"hevc", pictureTrack}, "VC-1": {"vc1", pictureTrack},
+	"drac": {"dirac", pictureTrack}, "VVC ": {"vvc", pictureTrack}, "AVSV": {"cavs", pictureTrack},
+	"AVS2": {"avs2", pictureTrack}, "AVS3": {"avs3", pictureTrack},
+
+	"AC-3": {"ac3", soundTrack}, "EAC3": {"eac3", soundTrack}, "AC-4": {"ac4", soundTrack}, "Opus": {"opus", soundTrack},
+	"BSSD": {"s302m", soundTrack}, "DTS1": {"dts", soundTrack}, "DTS2": {"dts", soundTrack}, "DTS3": {"dts", soundTrack},
+
+	"KLVA": {"klv", dataTrack}, "ID3 ": {"timed_id3", dataTrack}, "VANC": {"smpte_2038", dataTrack},
+}
+
+var codingsByTag = map[byte]coding{
+	tagAC3: {"ac3", soundTrack}, tagEAC3: {"eac3", soundTrack}, tagDTS: {"dts", soundTrack}, tagAAC: {"aac", soundTrack},
+	tagTeletext: {"dvb_teletext", dataTrack}, tagSubtitling: {"dvb_subtitle", dataTrack},
+}
+
+// codingsByExtension has the descriptor_tag_extensions of tagExtension.
+var codingsByExtension = map[byte]coding{0x0e: {"dts", soundTrack}, 0x15: {"ac4", soundTrack}, 0x80: {"opus", soundTrack}}
 
 // track is one elementary stream of a program map. Immutable.
 type track struct {
@@ -111,57 +208,39 @@ type track struct {
 	descriptors []byte
 }
 
-// video tells whether the stream_type means video. ISO 13818-1 table 2-34,
-// and the assignments of SMPTE-RA for VC-1 (0xea) and Dirac (0xd1).
-func (t track) video() bool {
-	switch t.streamType {
-	case 0x01, 0x02, 0x10, 0x1b, 0x1e, 0x1f, 0x20, 0x21, 0x24, 0x32, 0x33, 0x34, 0x42, 0xd1, 0xd2, 0xea:
-		return true
+// coding returns what the stream_type says or, where that leaves it open,
+// what the descriptors do.
+func (t track) coding() coding {
+	if f, ok := codingsByType[t.streamType]; ok {
+		return f
 	}
-	return false
-}
-
-// codec returns the common name of what the stream_type means, as ffmpeg has
-// it. ISO 13818-1 table 2-34; ETSI EN 300 468 for the descriptors of 0x06.
-func (t track) codec() string {
-	names := map[byte]string{
-		0x01: "mpeg1video", 0x02: "mpeg2video", 0x03: "mp2", 0x04: "mp2", 0x0f: "aac", 0x10: "mpeg4",
-		0x11: "aac_latm", 0x1b: "h264", 0x21: "jpeg2000", 0x24: "hevc", 0x33: "vvc", 0x42: "cavs",
-		0x81: "ac3", 0x82: "dts", 0x87: "eac3", 0xd1: "dirac", 0xea: "vc1",
-	}
-	if name, ok := names[t.streamType]; ok {
-		return name
-	}
-	for d := t.descriptors; t.streamType == 0x06 && len(d) >= 2 && len(d) >= 2+int(d[1]); d = d[2+int(d[1]):] {
-		switch d[0] {
-		case 0x05:
-			switch string(d[2 : 2+int(d[1])]) {
-			case "Opus":
-				return "opus"
-			case "AC-3":
-				return "ac3"
-			}
-		case 0x56:
-			return "dvb_teletext"
-		case 0x59:
-			return "dvb_subtitle"
-		case 0x6a:
-			return "ac3"
-		case 0x7a:
-			return "eac3"
+	for d := t.descriptors; len(d) >= 2 && len(d) >= 2+int(d[1]); d = d[2+int(d[1]):] {
+		f, ok := codingsByTag[d[0]]
+		switch body := d[2 : 2+int(d[1])]; {
+		case d[0] == tagRegistration && len(body) >= 4:
+			f, ok = codingsByRegistration[string(body[:4])]
+		case d[0] == tagExtension && len(body) >= 1:
+			f, ok = codingsByExtension[body[0]]
+		}
+		if ok {
+			return f
 		}
 	}
-	return fmt.Sprintf("type 0x%02x", t.streamType)
+	return coding{fmt.Sprintf("type 0x%02x", t.streamType), dataTrack}
 }
 
-// mpegVideoOrAudio tells whether the stream_type leaves open which: ffmpeg says
-// MPEG-2 video of MPEG-1 too, and there is one number for all layers of audio.
-func (t track) mpegVideoOrAudio() bool { return 0x01 <= t.streamType && t.streamType <= 0x04 }
+// isMPEG12 reports whether t is MPEG-1 or MPEG-2 video or audio, where the
+// stream_type does not settle the codec: ffmpeg labels MPEG-1 video as MPEG-2,
+// and all layers of audio share one number.
+func (t track) isMPEG12() bool {
+	return typeMPEG1Video <= t.streamType && t.streamType <= typeMPEG2Audio
+}
 
-// codecOf looks at the first payload of a PES of MPEG video or audio; "" when
-// that does not tell. ISO 13818-2 6.2.2: in MPEG-2 a sequence_extension
-// follows the sequence header. ISO 11172-3 2.4.2.3: the layer of audio.
-func codecOf(payload []byte) string {
+// mpegCodec returns the name of the codec from the first payload of a PES of
+// MPEG video or audio, or "" if the payload does not tell. In MPEG-2 a
+// sequence_extension follows the sequence header (ISO 13818-2 6.2.2); the
+// layer of audio is in its header (ISO 11172-3 2.4.2.3).
+func mpegCodec(payload []byte) string {
 	if len(payload) < 9 || len(payload) < 9+int(payload[8])+4 {
 		return ""
 	}
@@ -492,7 +571,7 @@ func clearPCR(p packet) {
 	}
 }
 
-// cutHeader tells whether the timestamps of a PES reach beyond its first
+// cutHeader reports whether the timestamps of a PES reach beyond its first
 // packet: they could not be moved.
 func cutHeader(pes []byte) bool {
 	_, _, ok := pesStart(pes)

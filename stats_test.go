@@ -35,6 +35,10 @@ func TestCodecs(t *testing.T) {
 		{"layer 3, half rate", track{streamType: 0x04}, pes(0xc0, "\xff\xf3\x90\x64"), "mp3"},
 		{"ADTS", track{streamType: 0x0f}, pes(0xc0, "\xff\xf1\x50\x80"), "aac"},
 		{"H.264", track{streamType: 0x1b}, pes(0xe0, "\x00\x00\x00\x01\x09\xf0"), "h264"},
+		{"AV1", track{streamType: 0x06, descriptors: []byte("\x05\x04AV01\x80\x04\x81\x05\x0c\x00")}, "", "av1"},
+		{"KLV", track{streamType: 0x15, descriptors: []byte("\x05\x04KLVA")}, "", "klv"},
+		{"Opus by its extension alone", track{streamType: 0x06, descriptors: []byte("\x7f\x02\x80\x01")}, "", "opus"},
+		{"DTS of DVB", track{streamType: 0x06, descriptors: []byte("\x7b\x00")}, "", "dts"},
 		{"Opus", track{streamType: 0x06, descriptors: []byte("\x05\x04Opus\x7f\x02\x80\x01")}, "", "opus"},
 		{"AC-3 of DVB", track{streamType: 0x06, descriptors: []byte("\x0a\x04eng\x00\x6a\x01\x00")}, "", "ac3"},
 		{"broken descriptor", track{streamType: 0x06, descriptors: []byte("\x05\xffOpus")}, "", "type 0x06"},
@@ -44,7 +48,7 @@ func TestCodecs(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			f := newFramer(nil)
 			f.psi.program = &program{tracks: []track{tt.track}}
-			f.state(tt.track.pid).codec = codecOf([]byte(tt.payload))
+			f.state(tt.track.pid).codec = mpegCodec([]byte(tt.payload))
 			if got := f.tracks()[0].Codec; got != tt.want {
 				t.Errorf("got %q, want %q", got, tt.want)
 			}
