@@ -56,10 +56,10 @@ func (d *destination) start(ctx context.Context, tasks *sync.WaitGroup) {
 	tasks.Go(func() { d.run(ctx) })
 }
 
-// stop ends d. When it returns, nothing more is written to the relay (I6).
-// It waits for our own goroutine, never for the relay.
-func (d *destination) stop() {
-	d.cancel(errRemoved)
+// stop ends d, and says why. When it returns, nothing more is written to the
+// relay (I6). It waits for our own goroutine, never for the relay.
+func (d *destination) stop(why error) {
+	d.cancel(why)
 	<-d.quiet
 }
 
@@ -328,14 +328,20 @@ type running struct {
 	old []*destination
 }
 
-// stop ends the destination and those before it (I6).
-func (d *running) stop() {
+// end makes the destination and those before it end, without waiting for them.
+func (d *running) end(why error) {
+	d.cancel(why)
 	for _, old := range d.old {
-		old.cancel(errRemoved)
+		old.cancel(why)
 	}
-	d.destination.stop()
+}
+
+// stop ends the destination and those before it (I6).
+func (d *running) stop(why error) {
+	d.end(why)
+	d.destination.stop(why)
 	for _, old := range d.old {
-		old.stop()
+		old.stop(why)
 	}
 }
 
@@ -354,5 +360,5 @@ func handOver(old, next *destination) {
 	case <-old.quiet:
 	case <-late.C:
 	}
-	old.stop()
+	old.stop(errChanged)
 }

@@ -40,6 +40,7 @@ const (
 // Why a link ends, other than by its network.
 var (
 	errRemoved    = errors.New("rule removed")
+	errChanged    = errors.New("rule changed")
 	errTakenOver  = errors.New("taken over by the new URL")
 	errPeerClosed = errors.New("closed by the other side")
 	errShutdown   = errors.New("vw is shutting down") // ends everything that runs

@@ -331,11 +331,11 @@ func (r *rules) applyDestination(rule destinationRule) {
 	if was != nil && was.rule.Stream == rule.Stream {
 		is.old = append(slices.DeleteFunc(was.old, (*destination).ended), was.destination)
 		if len(is.old) > maxOld { // the first is what viewers see, the others have not yet taken over
-			is.old[1].stop()
+			is.old[1].stop(errChanged)
 			is.old = slices.Delete(is.old, 1, 2)
 		}
 	} else if was != nil {
-		was.stop()
+		was.stop(errChanged)
 	}
 	r.destinations[string(rule.ID)] = is
 	d.log.Info("destination set")
@@ -387,7 +387,7 @@ func (r *rules) deleteDestination(name string) error {
 	if d != nil {
 		r.takeBack(change{"destination", name})
 		delete(r.destinations, name)
-		d.stop()
+		d.stop(errRemoved)
 	}
 	r.mu.Unlock()
 	if d == nil {
@@ -401,11 +401,11 @@ func (r *rules) deleteDestinations() error {
 	r.mu.Lock()
 	r.takeBack(change{"destination", ""})
 	for _, d := range r.destinations {
-		d.cancel(errRemoved)
+		d.end(errRemoved)
 	}
 	for name, d := range r.destinations {
 		delete(r.destinations, name)
-		d.stop()
+		d.stop(errRemoved)
 	}
 	r.mu.Unlock()
 	return r.store()

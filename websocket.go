@@ -228,7 +228,7 @@ func (in *inbox) message(limit int) (opcode byte, b []byte, err error) {
 // closeCode is the status of our close frame; 0 for none. RFC 6455 7.4.1.
 func closeCode(why error) uint16 {
 	switch {
-	case errors.Is(why, errRemoved), errors.Is(why, errTakenOver), errors.Is(why, errPeerClosed):
+	case errors.Is(why, errRemoved), errors.Is(why, errChanged), errors.Is(why, errTakenOver), errors.Is(why, errPeerClosed):
 		return 1000
 	case errors.Is(why, errShutdown):
 		return 1001 // going away
