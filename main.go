@@ -41,6 +41,9 @@ func main() {
 // run is the program; it returns its exit status. It may be called from tests.
 func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int {
 	switch {
+	case len(args) == 0:
+		fmt.Fprint(stderr, usage, settingsHelp())
+		return 2
 	case len(args) == 1 && args[0] == "stream":
 	case len(args) == 2 && args[0] == "check":
 		return check(ctx, args[1], stdout, stderr)
@@ -63,14 +66,21 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 	if args[0] == "devices" {
 		return printDevices(len(args) == 2, set.port, stdout, stderr)
 	}
-	log := slog.New(newHandler(env, stderr, set.logLevel))
+	return runStream(ctx, set, warnings, env, stderr)
+}
+
+// runStream runs vw until a signal, or until ctx is done, and returns the exit status.
+func runStream(ctx context.Context, set settings, warnings, env []string, stderr io.Writer) int {
+	defer ignoreBrokenPipes()()
+	log, lines := newLog(env, stderr, set.logLevel)
+	defer lines.close()
 	for _, w := range warnings {
 		log.Warn(w)
 	}
 	if set.cpuProfile != "" {
 		stop, err := profile(set.cpuProfile)
 		if err != nil {
-			fmt.Fprintln(stderr, "vw: VW_CPUPROFILE:", err)
+			fmt.Fprintln(lines, "vw: VW_CPUPROFILE:", err)
 			return 2
 		}
 		defer stop()
@@ -78,16 +88,24 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	defer context.AfterFunc(ctx, stop)() // a second signal ends the program at once
-	err = serve(ctx, set, newNotifier(env, log), log)
+	err := serve(ctx, set, newNotifier(env, log), log)
 	switch bad := (settingError{}); {
 	case errors.As(err, &bad):
-		fmt.Fprintln(stderr, "vw:", err)
+		fmt.Fprintln(lines, "vw:", err)
 		return 2
 	case err != nil:
 		log.Error("vw ends", "err", err)
 		return 1
 	}
 	return 0
+}
+
+// ignoreBrokenPipes lets vw live on when the reader of its log has gone, until
+// the function that it returns is called.
+func ignoreBrokenPipes() (stop func()) {
+	ignored := make(chan os.Signal, 1) // Go ends a program that writes to a broken stderr, unless it asks for the signal
+	signal.Notify(ignored, syscall.SIGPIPE)
+	return func() { signal.Stop(ignored) }
 }
 
 // serve runs vw until ctx is done; then it ends within 5 s, whatever relays,
