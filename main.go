@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/signal"
 	"slices"
@@ -117,48 +118,19 @@ func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logge
 	} else if err != nil {
 		return err
 	}
-	g, ctx := errgroup.WithContext(ctx)
 	work, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
-	r := newRules(work, newMux(), set.maxLag, log)
-	r.proxy = http.ProxyFromEnvironment
-	if set.state != "" {
-		if err := r.keep(set.state); err != nil {
-			for _, l := range listeners {
-				l.Close()
-			}
-			return settingError{"VW_STATE", set.state, err}
+	s, err := newProgram(work, set, listeners[0].Addr().(*net.TCPAddr).Port, log)
+	if err != nil {
+		for _, l := range listeners {
+			l.Close()
 		}
+		return err
 	}
-	s := newServer(work, r, set.token, log)
-	s.page.player = set.player
-	if _, err := os.Stat(set.player.file); set.player.file != "" && err != nil {
-		log.Warn("VW_PLAYER: the page has no player", "err", err)
-	}
-	s.commands.port = listeners[0].Addr().(*net.TCPAddr).Port
-	if set.api != "" {
-		s.startControl(set.control())
-	}
-	h := &http.Server{
-		Handler:           s,
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    maxHeaders,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			if conn, err := c.(*net.TCPConn).SyscallConn(); err == nil {
-				limitUnsent("", "", conn)
-			}
-			return withConn(ctx, c)
-		},
-		ConnState:                    s.door.track,
-		DisableGeneralOptionsHandler: true,
-	}
+	h := newHTTPServer(s)
+	g, ctx := errgroup.WithContext(ctx)
 	for _, l := range listeners {
-		log.Info("listening", "addr", l.Addr().String())
-		if !l.Addr().(*net.TCPAddr).IP.IsLoopback() && set.token == "" {
-			log.Warn("other machines are refused: VW_TOKEN is not set")
-		}
+		announce(l.Addr().(*net.TCPAddr), set.token != "", log)
 		g.Go(func() error {
 			if err := h.Serve(doorListener{l, s.door}); err != http.ErrServerClosed {
 				return err
@@ -168,23 +140,83 @@ func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logge
 	}
 	manager.tell("READY=1")
 	g.Go(func() error {
-		manager.watch(ctx, r.mux.tryLocks)
+		manager.watch(ctx, s.commands.rules.mux.tryLocks)
 		return nil
 	})
 	g.Go(func() error {
 		<-ctx.Done()
 		end(errShutdown)
 		manager.tell("STOPPING=1")
-		soon, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-		defer cancel()
-		if err := h.Shutdown(soon); err != nil {
-			h.Close()
-		}
-		s.tasks.Wait()
-		r.tasks.Wait()
+		shutDown(s, h)
 		return nil
 	})
 	return g.Wait()
+}
+
+// newProgram wires up what set asks for, with the rules in force that are
+// stored. It ends with ctx, and is reached on port.
+func newProgram(ctx context.Context, set settings, port int, log *slog.Logger) (*server, error) {
+	r := newRules(ctx, newMux(), set.maxLag, log)
+	r.proxy = http.ProxyFromEnvironment
+	if set.state != "" {
+		if err := r.keep(set.state); err != nil {
+			return nil, settingError{"VW_STATE", set.state, err}
+		}
+	}
+	s := newServer(ctx, r, set.token, log)
+	s.page.player = set.player
+	if _, err := os.Stat(set.player.file); set.player.file != "" && err != nil {
+		log.Warn("VW_PLAYER: the page has no player", "err", err)
+	}
+	s.commands.port = port
+	if set.api != "" {
+		s.startControl(set.control())
+	}
+	return s, nil
+}
+
+// newHTTPServer lets s be asked. It has no timeout for bodies, which are endless.
+func newHTTPServer(s *server) *http.Server {
+	return &http.Server{
+		Handler:           s,
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    maxHeaders,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			if conn, err := c.(*net.TCPConn).SyscallConn(); err == nil {
+				limitUnsent("", "", conn)
+			}
+			return withConn(ctx, c)
+		},
+		ConnState:                    s.door.track,
+		DisableGeneralOptionsHandler: true,
+	}
+}
+
+// announce tells the log where vw listens, and where a browser on this machine
+// finds the page.
+func announce(addr *net.TCPAddr, token bool, log *slog.Logger) {
+	host := "localhost"
+	if !addr.IP.IsLoopback() && !addr.IP.IsUnspecified() {
+		host = addr.IP.String()
+	}
+	page := url.URL{Scheme: "http", Host: net.JoinHostPort(host, strconv.Itoa(addr.Port)), Path: "/"}
+	log.Info("listening; page: "+page.String(), "addr", addr.String())
+	if !addr.IP.IsLoopback() && !token {
+		log.Warn("requests from other machines are refused: VW_TOKEN is not set")
+	}
+}
+
+// shutDown waits until nothing of s runs; its context is done.
+func shutDown(s *server, h *http.Server) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if err := h.Shutdown(ctx); err != nil {
+		h.Close()
+	}
+	s.tasks.Wait()
+	s.commands.rules.tasks.Wait()
 }
 
 // listen opens the port on an address; "" means both loopback addresses, or

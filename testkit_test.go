@@ -393,7 +393,7 @@ func startVWCommand(t *testing.T, cmd *exec.Cmd, env ...string) *vwProcess {
 			t.Errorf("vw ended with %v, want status 0", v.err)
 		}
 	})
-	v.addr = v.expect(t, 0, startupTime, `msg=listening addr=(127\.0\.0\.1:\d+)\n`)[1]
+	v.addr = v.expect(t, 0, startupTime, `msg="listening; page: http://localhost:\d+/" addr=(127\.0\.0\.1:\d+)\n`)[1]
 	v.url = "http://" + v.addr
 	return v
 }
@@ -489,7 +489,7 @@ func runVW(t testing.TB, env ...string) (addr string, log *logBuffer, stop func(
 	})
 	t.Cleanup(func() { stop() })
 	waitFor(t, "vw to listen", func() bool {
-		_, rest, ok := strings.Cut(log.String(), "listening addr=")
+		_, rest, ok := strings.Cut(log.String(), `/" addr=`)
 		addr, _, _ = strings.Cut(rest, "\n")
 		return ok && strings.Contains(rest, "\n")
 	})
