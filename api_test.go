@@ -238,7 +238,7 @@ func FuzzAPI(f *testing.F) {
 		r.deleteDestinations()
 		checkLog(t, log.String())
 		log.mu.Lock()
-		log.b.Reset()
+		log.text = nil
 		log.mu.Unlock()
 	})
 }

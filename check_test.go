@@ -2,19 +2,11 @@ package main
 
 import (
 	"bytes"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"fmt"
-	"math/big"
 	"net"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
@@ -38,26 +30,6 @@ func runCheck(t *testing.T, url string, env ...string) (status int, out string) 
 		t.Fatal(err)
 	}
 	return cmd.ProcessState.ExitCode(), string(b)
-}
-
-// selfSigned returns a certificate for 127.0.0.1 that change has changed.
-func selfSigned(t *testing.T, change func(*x509.Certificate)) tls.Certificate {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "a \x1b[31mtest"},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(50 * time.Hour),
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-	}
-	change(c)
-	der, err := x509.CreateCertificate(rand.Reader, c, c, &key.PublicKey, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
 // slowly reads 40 kB/s.
@@ -143,7 +115,7 @@ func TestCheck(t *testing.T) {
 			}
 			fill := strings.NewReplacer("HOST", addr, "CLOSED", addr, "FULL", addr).Replace
 			if tt.cert != nil {
-				l = tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{selfSigned(t, tt.cert)}})
+				l = tls.NewListener(l, newCerts(t, tt.cert).server)
 			}
 			serveEach(t, l, tt.serve)
 			status, out := runCheck(t, fill(tt.url))
@@ -181,17 +153,13 @@ func checkOutput(t *testing.T, status int, out, step, want string) {
 func TestCheckEnvironment(t *testing.T) {
 	t.Parallel()
 	proxy := func(s string) func(net.Conn) { return reply("HTTP/1.1 " + s + "\r\n\r\n") }
-	cert := selfSigned(t, func(*x509.Certificate) {})
-	authority := filepath.Join(t.TempDir(), "ca.pem")
-	if err := os.WriteFile(authority, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]}), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	certs := newCerts(t)
 	for _, tt := range []struct {
 		name, url, env string
 		serve          func(net.Conn)
 		step, want     string
 	}{
-		{"good", "wss://HOST", "SSL_CERT_FILE=" + authority, good, "", "All is well"},
+		{"good", "wss://HOST", "SSL_CERT_FILE=" + certs.ca, good, "", "All is well"},
 		{"no DNS", "ws://relay.invalid/in/x", "NO_PROXY=*", good, "name", `The name relay.invalid was not found`},
 		{"proxy refuses", "ws://relay.invalid", "HTTP_PROXY=http://HOST", proxy("407 Who are you"), "proxy", `The proxy HOST wants a user and password`},
 		{"proxy refuses credentials", "wss://relay.invalid", "HTTPS_PROXY=http://any:secret@HOST", proxy("407 Who are you"), "proxy", `The proxy HOST does not accept its user and password.`},
@@ -206,7 +174,7 @@ func TestCheckEnvironment(t *testing.T) {
 			l := listenLoopback(t)
 			fill := strings.NewReplacer("HOST", l.Addr().String()).Replace
 			if strings.HasPrefix(tt.url, "wss://HOST") {
-				l = tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{cert}})
+				l = tls.NewListener(l, certs.server)
 			}
 			serveEach(t, l, tt.serve)
 			status, out := runCheck(t, fill(tt.url), fill(tt.env))

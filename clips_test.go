@@ -10,9 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -188,30 +186,23 @@ func (s split) Read(p []byte) (int, error) {
 	return s.Reader.Read(p[:min(len(p), int(1+(*s.seed>>8)%s.most))])
 }
 
-// videoClip returns three seconds of video as the owner's ffmpeg makes it.
-func videoClip(t *testing.T) []byte {
+// runFFmpeg returns what ffmpeg writes to its output "-".
+func runFFmpeg(t *testing.T, args ...[]string) []byte {
 	t.Helper()
-	needs(t, "ffmpeg")
-	b, err := readClip()
+	c := exec.Command(needs(t, "ffmpeg"), slices.Concat([]string{"-nostdin", "-v", "error"}, slices.Concat(args...))...)
+	c.Stderr = t.Output()
+	b, err := c.Output()
 	if err != nil {
-		t.Fatal(err)
+		t.Fatal("ffmpeg: ", err)
 	}
 	return b
 }
 
-var readClip = sync.OnceValues(func() ([]byte, error) {
-	c := exec.Command("ffmpeg", slices.Concat([]string{"-nostdin", "-v", "error"}, videoInput, threeSecs, videoCodec, []string{"-"})...)
-	var text bytes.Buffer
-	c.Stderr = &text
-	b, err := c.Output()
-	if err == nil && (len(b) == 0 || len(b)%188 != 0) {
-		err = fmt.Errorf("got %d bytes", len(b))
-	}
-	if err != nil {
-		return nil, fmt.Errorf("clip: %w\n%s", err, text.Bytes())
-	}
-	return b, nil
-})
+// videoClip returns three seconds of video as the owner's ffmpeg makes it.
+func videoClip(t *testing.T) []byte {
+	t.Helper()
+	return runFFmpeg(t, videoInput, threeSecs, videoCodec, []string{"-"})
+}
 
 // startFFmpeg starts ffmpeg; it is silent unless something is wrong.
 func startFFmpeg(t *testing.T, args ...[]string) *process {
@@ -230,11 +221,8 @@ func ffmpegClip(t *testing.T, kbit, n int) clip {
 	t.Helper()
 	rate := fmt.Sprint(kbit, "k")
 	// Noise makes ffmpeg need the bits.
-	out, err := exec.Command(needs(t, "ffmpeg"), "-v", "error", "-f", "lavfi", "-i", "testsrc2=size=640x480:rate=25,noise=alls=40:allf=t", "-t", fmt.Sprint(n),
-		"-codec:v", "mpeg1video", "-b:v", rate, "-minrate", rate, "-maxrate", rate, "-bufsize", "400k", "-bf", "0", "-g", "12", "-f", "mpegts", "-").Output()
-	if err != nil {
-		t.Fatal("ffmpeg: ", err)
-	}
+	out := runFFmpeg(t, []string{"-f", "lavfi", "-i", "testsrc2=size=640x480:rate=25,noise=alls=40:allf=t", "-t", fmt.Sprint(n),
+		"-codec:v", "mpeg1video", "-b:v", rate, "-minrate", rate, "-maxrate", rate, "-bufsize", "400k", "-bf", "0", "-g", "12", "-f", "mpegts", "-"})
 	c := clip{pts: make(map[ticks]int)}
 	all, err := frames(splitUp(out, packetSize))
 	if err != nil {
@@ -271,35 +259,13 @@ func (c clip) film(ctx context.Context, x *mux, name string, tasks *sync.WaitGro
 	return start
 }
 
-// decodesCleanly fails the test unless ffmpeg reads the file without a complaint.
-func decodesCleanly(t *testing.T, name string) {
-	t.Helper()
-	out, err := exec.Command(needs(t, "ffmpeg"), "-nostdin", "-v", "error", "-i", name, "-f", "null", "-").CombinedOutput()
-	if err != nil || len(out) > 0 {
-		t.Errorf("decode %s: got %v, %q, want nothing", name, err, out)
-	}
-}
-
-// decodes fails the test when ffmpeg finds anything wrong with b.
-func decodes(t *testing.T, b []byte) {
-	t.Helper()
-	name := filepath.Join(t.TempDir(), "record.ts")
-	if err := os.WriteFile(name, b, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	out, err := exec.Command(needs(t, "ffmpeg"), "-v", "error", "-i", name, "-f", "null", "-").CombinedOutput()
-	if err != nil || len(out) > 0 {
-		t.Errorf("ffmpeg on %d bytes: %v: %s", len(b), err, out)
-	}
-}
-
-// decodesAll fails the test unless ffmpeg decodes every track of a file
-// without a word.
-func decodesAll(t *testing.T, name string) {
+// decodes fails the test unless ffmpeg decodes every track of a file without a
+// complaint.
+func decodes(t *testing.T, name string) {
 	t.Helper()
 	out, err := exec.Command(needs(t, "ffmpeg"), "-nostdin", "-v", "error", "-i", name, "-map", "0", "-f", "null", "-").CombinedOutput()
 	if err != nil || len(out) > 0 {
-		t.Errorf("ffmpeg decodes with %v and says %.2000q, want nothing", err, out)
+		t.Errorf("ffmpeg decodes %s with %v and says %.2000q, want nothing", name, err, out)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"io"
 	"log"
@@ -290,7 +291,7 @@ func TestTokenTLS(t *testing.T) {
 		serve.ServeHTTP(w, r)
 	}))
 	relay.Config.ErrorLog = log.New(io.Discard, "", 0)
-	ca := newTestCA(t)
+	ca := newCerts(t)
 	relay.TLS = ca.server
 	relay.StartTLS()
 	defer relay.Close()
@@ -450,7 +451,7 @@ func TestReadAnswer(t *testing.T) {
 // with and without TLS.
 func TestProxyTunnel(t *testing.T) {
 	t.Parallel()
-	ca := newTestCA(t)
+	ca := newCerts(t)
 	for _, tt := range []struct{ name, proxy, relay string }{
 		{"ws", "http", "ws"}, {"wss", "http", "wss"}, {"TLS, then ws", "https", "ws"}, {"TLS in TLS", "https", "wss"},
 	} {
@@ -470,8 +471,7 @@ func TestProxyTunnel(t *testing.T) {
 			r, ctx, tasks := realRules(t, &log)
 			r.roots = ca.roots
 			r.proxy = proxyAt(t, tt.proxy+"://lab:s3cr%3At@"+proxy.Addr().String())
-			film := lab{rules: r, t: t}
-			tasks.Go(func() { film.film(ctx, "video0", 50000) })
+			tasks.Go(func() { load(ctx, r, "video0") })
 			r.to(t, "0", "video0", tt.relay+"://"+relay.Addr().String())
 			waitFor(t, "video", func() bool { return messages.Load() > 20 })
 			if got := tunnels.Load(); got != 1 {
@@ -488,7 +488,7 @@ func TestE2EProxy(t *testing.T) {
 	if !inNamespace(t) {
 		return
 	}
-	certs := newCerts(t, net.IPv4(192, 0, 2, 1))
+	certs := newCerts(t, func(c *x509.Certificate) { c.IPAddresses = []net.IP{net.IPv4(192, 0, 2, 1)} })
 	for _, tt := range []struct {
 		name, auth, user string
 		tls              bool

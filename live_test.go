@@ -79,7 +79,7 @@ func TestStall(t *testing.T) {
 			if d, _ := r.destinations["healthy"].count(); d.dropped != [causes]uint64{} {
 				t.Errorf("the other relay: %+v", d)
 			}
-			decodes(t, stalls.record())
+			stalls.decodes()
 		})
 	}
 }
@@ -264,7 +264,7 @@ func hasAudio(check *tsCheck, b []byte) bool {
 // TestMuteSeen is the same as seen by readers on ws, wss and GET: 50 ms after
 // the call nothing of the muted track comes, and no packet of the video is lost.
 func TestMuteSeen(t *testing.T) {
-	ca := newTestCA(t)
+	ca := newCerts(t)
 	for _, way := range []string{"ws", "wss", "GET"} {
 		t.Run(way, func(t *testing.T) {
 			t.Parallel()

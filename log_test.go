@@ -159,11 +159,12 @@ func (w *flakyWriter) set(broken bool) {
 
 func (w *flakyWriter) Write(b []byte) (int, error) {
 	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.broken {
+	broken := w.broken
+	w.mu.Unlock()
+	if broken {
 		return 0, syscall.EPIPE
 	}
-	return w.b.Write(b)
+	return w.logBuffer.Write(b)
 }
 
 // TestStuckLogAtTheEnd: vw leaves a line that cannot be written.

@@ -173,10 +173,11 @@ func good(conn net.Conn) { serveRelay(conn, func([]byte) {}) }
 // silent reads, and says nothing.
 func silent(conn net.Conn) { io.Copy(io.Discard, conn) }
 
-// serveEach accepts on l until the test ends, and serves each connection.
-func serveEach(t *testing.T, l net.Listener, serve func(net.Conn)) {
+// serveEach accepts on l, and serves each connection, until end is called or
+// the test ends.
+func serveEach(t *testing.T, l net.Listener, serve func(net.Conn)) (end func()) {
 	var serving sync.WaitGroup
-	ctx, end := context.WithCancel(t.Context())
+	ctx, cancel := context.WithCancel(t.Context())
 	serving.Go(func() {
 		for {
 			conn, err := l.Accept()
@@ -190,11 +191,13 @@ func serveEach(t *testing.T, l net.Listener, serve func(net.Conn)) {
 			})
 		}
 	})
-	t.Cleanup(func() {
+	end = sync.OnceFunc(func() {
 		l.Close()
-		end()
+		cancel()
 		serving.Wait()
 	})
+	t.Cleanup(end)
+	return end
 }
 
 // lab is a set of rules whose relays are functions on in-memory connections.
@@ -237,28 +240,28 @@ func (l *lab) close() {
 // send sets destination 0.
 func (l *lab) send(source, url string) {
 	l.t.Helper()
-	if _, err := l.setDestination(destinationRule{ID: "0", Stream: source, Destination: url}); err != nil {
-		l.t.Fatal(err)
-	}
+	l.to(l.t, "0", source, url)
 }
 
 // film publishes 25 frames/s on a feed until ctx is done, a keyframe every 12.
 func (l *lab) film(ctx context.Context, name string, size int) {
-	p := &publisher{interrupt: func() {}}
-	f := l.mux.attach(name, p)
-	defer l.mux.detach(f, p)
 	c := newCamera()
 	c.size = size
+	film(ctx, l.mux, name, c, 40*time.Millisecond)
+}
+
+// film publishes a frame each time on a feed, until ctx is done.
+func film(ctx context.Context, x *mux, name string, c *camera, each time.Duration) {
+	p := &publisher{interrupt: func() {}}
+	f := x.attach(name, p)
+	defer x.detach(f, p)
 	for first := true; ctx.Err() == nil; first = false {
-		all, err := frames(strings.NewReader(string(c.next())))
-		if err != nil {
-			l.t.Error(err)
-		}
+		all, _ := frames(bytes.NewReader(c.next()))
 		for _, m := range all {
 			m.first = first
-			f.publish(p, m, l.mux.now(m.at))
+			f.publish(p, m, x.now(m.at))
 		}
-		time.Sleep(40 * time.Millisecond)
+		time.Sleep(each)
 	}
 }
 
@@ -288,17 +291,7 @@ func load(ctx context.Context, r *rules, name string) {
 	if strings.HasPrefix(name, "audio") {
 		c = newMicrophone()
 	}
-	p := &publisher{interrupt: func() {}}
-	f := r.mux.attach(name, p)
-	defer r.mux.detach(f, p)
-	for first := true; ctx.Err() == nil; first = false {
-		all, _ := frames(bytes.NewReader(c.next()))
-		for _, m := range all {
-			m.first = first
-			f.publish(p, m, r.mux.now(m.at))
-		}
-		time.Sleep(time.Millisecond)
-	}
+	film(ctx, r.mux, name, c, time.Millisecond)
 }
 
 // arrival is a frame that a relay got.
@@ -320,11 +313,10 @@ type chaosRelay struct {
 	conns atomic.Int64
 	stall sync.RWMutex // held by a test: nothing is read
 
-	mu   sync.Mutex
-	all  []byte // every message
-	got  []arrival
-	last net.Conn
-	end  func()
+	mu  sync.Mutex
+	all []byte // every message
+	got []arrival
+	end func()
 }
 
 // stalling reads only while nobody holds the relay's stall.
@@ -359,35 +351,13 @@ func (r *chaosRelay) start() {
 		return err == nil
 	})
 	r.addr = l.Addr().String()
-	var conns sync.WaitGroup
-	var open sync.Map
-	conns.Go(func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			if r.tls != nil {
-				conn = tls.Server(conn, r.tls)
-			}
-			open.Store(conn, true)
-			r.conns.Add(1)
-			r.mu.Lock()
-			r.last = conn
-			r.mu.Unlock()
-			conns.Go(func() {
-				defer open.Delete(conn)
-				defer conn.Close()
-				serveRelay(&stalling{conn, r}, r.message)
-			})
-		}
+	if r.tls != nil {
+		l = tls.NewListener(l, r.tls)
+	}
+	r.end = serveEach(r.t, l, func(conn net.Conn) {
+		r.conns.Add(1)
+		serveRelay(&stalling{conn, r}, r.message)
 	})
-	r.end = sync.OnceFunc(func() {
-		l.Close()
-		open.Range(func(c, _ any) bool { c.(net.Conn).Close(); return true })
-		conns.Wait()
-	})
-	r.t.Cleanup(r.end)
 }
 
 func (r *chaosRelay) message(b []byte) {
@@ -413,11 +383,16 @@ func (r *chaosRelay) arrivals() []arrival {
 	return slices.Clone(r.got)
 }
 
-// record is all that the relay got so far.
-func (r *chaosRelay) record() []byte {
+// decodes fails the test when ffmpeg finds anything wrong with what came.
+func (r *chaosRelay) decodes() {
+	r.t.Helper()
+	name := filepath.Join(r.t.TempDir(), "record.ts")
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return slices.Clone(r.all)
+	if err := os.WriteFile(name, r.all, 0o600); err != nil {
+		r.t.Fatal(err)
+	}
+	decodes(r.t, name)
 }
 
 // get makes the relay a reader of a path of s.
@@ -582,24 +557,30 @@ type entry struct {
 	kind               string
 }
 
-// certificates are files: a CA of our own, a certificate of it for 127.0.0.1
-// and more, its key, and both together as haproxy wants them.
-type certificates struct{ ca, cert, key, both string }
+// certificates are a CA of our own and a certificate of it, for 127.0.0.1.
+type certificates struct {
+	ca, cert, key, both string // files; both: certificate and key, for haproxy
+	roots               *x509.CertPool
+	server              *tls.Config
+}
 
-func newCerts(t testing.TB, more ...net.IP) certificates {
+// newCerts makes certificates; change, if there is one, changes that of the
+// server before it is signed.
+func newCerts(t testing.TB, change ...func(*x509.Certificate)) (c certificates) {
 	t.Helper()
-	dir := t.TempDir()
-	now := time.Now()
+	dir, now := t.TempDir(), time.Now()
 	ca := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "CA of the tests"},
-		NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour),
+		NotBefore: now.Add(-time.Hour), NotAfter: now.Add(100 * time.Hour),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}
 	leaf := &x509.Certificate{
-		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "relay"},
-		NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour),
-		IPAddresses: append(more, net.IPv4(127, 0, 0, 1)),
-		KeyUsage:    x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "a \x1b[31mtest"},
+		NotBefore: now.Add(-time.Hour), NotAfter: now.Add(50 * time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	for _, f := range change {
+		f(leaf)
 	}
 	check := func(b []byte, err error) []byte {
 		t.Helper()
@@ -614,49 +595,24 @@ func newCerts(t testing.TB, more ...net.IP) certificates {
 		return k
 	}
 	caKey, leafKey := newKey(), newKey()
-	write := func(name string, blocks ...[]byte) string {
+	write := func(name string, b ...[]byte) string {
 		name = filepath.Join(dir, name)
-		check(nil, os.WriteFile(name, slices.Concat(blocks...), 0o600))
+		check(nil, os.WriteFile(name, slices.Concat(b...), 0o600))
 		return name
 	}
-	block := func(kind string, der []byte) []byte {
-		return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
-	}
+	block := func(kind string, der []byte) []byte { return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}) }
+	authority := block("CERTIFICATE", check(x509.CreateCertificate(rand.Reader, ca, ca, &caKey.PublicKey, caKey)))
 	cert := block("CERTIFICATE", check(x509.CreateCertificate(rand.Reader, leaf, ca, &leafKey.PublicKey, caKey)))
 	key := block("PRIVATE KEY", check(x509.MarshalPKCS8PrivateKey(leafKey)))
-	return certificates{
-		ca:   write("ca.pem", block("CERTIFICATE", check(x509.CreateCertificate(rand.Reader, ca, ca, &caKey.PublicKey, caKey)))),
-		cert: write("cert.pem", cert), key: write("key.pem", key), both: write("both.pem", cert, key),
+	c = certificates{
+		ca: write("ca.pem", authority), cert: write("cert.pem", cert), key: write("key.pem", key), both: write("both.pem", cert, key),
+		roots: x509.NewCertPool(),
 	}
-}
-
-// testCA is a certificate authority of a test, and a server that it vouches for.
-type testCA struct {
-	roots  *x509.CertPool
-	server *tls.Config
-}
-
-func newTestCA(t *testing.T) testCA {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &x509.Certificate{
-		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, c, &key.PublicKey, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	leaf, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	roots := x509.NewCertPool()
-	roots.AddCert(leaf)
-	return testCA{roots, &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}}
+	c.roots.AppendCertsFromPEM(authority)
+	pair, err := tls.X509KeyPair(cert, key)
+	check(nil, err)
+	c.server = &tls.Config{Certificates: []tls.Certificate{pair}}
+	return c
 }
 
 // startWith starts cmd with a port that is open already, as its descriptor 3:
@@ -821,48 +777,6 @@ func startTinyproxy(t *testing.T, auth string) (p *process, addr string) {
 		return err
 	})
 	return p, "192.0.2.1:3128"
-}
-
-// startStuck listens for one websocket, says yes, and never reads again.
-func startStuck(t *testing.T, c certificates, useTLS bool) string {
-	t.Helper()
-	l := listenLoopback(t)
-	var config *tls.Config
-	if useTLS {
-		cert, err := tls.LoadX509KeyPair(c.cert, c.key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		config = &tls.Config{Certificates: []tls.Certificate{cert}}
-	}
-	end, ended := make(chan struct{}), make(chan struct{})
-	t.Cleanup(func() {
-		l.Close()
-		close(end)
-		<-ended
-	})
-	go func() {
-		defer close(ended)
-		conn, err := l.Accept()
-		if err != nil {
-			return
-		}
-		defer conn.Close()
-		conn.(*net.TCPConn).SetReadBuffer(4096)
-		if config != nil {
-			conn = tls.Server(conn, config)
-		}
-		r, err := http.ReadRequest(bufio.NewReader(conn))
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		accept := sha1.Sum([]byte(r.Header.Get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11")) // RFC 6455 4.2.2
-		fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n",
-			base64.StdEncoding.EncodeToString(accept[:]))
-		<-end
-	}()
-	return l.Addr().String()
 }
 
 // awaitFull waits until the kernel could not send to a port of loopback for

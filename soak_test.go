@@ -294,7 +294,7 @@ func TestSoak24(t *testing.T) {
 	}
 	const hours, kept = 24, 3
 	frame := 40 * time.Millisecond
-	if raceEnabled {
+	if raceEnabled() {
 		frame = time.Second
 	}
 	synctest.Test(t, func(t *testing.T) {

@@ -21,6 +21,8 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -100,24 +102,6 @@ var (
 // discardLog is a logger for what no test reads.
 var discardLog = slog.New(slog.DiscardHandler)
 
-// logBuffer is where a test reads the log.
-type logBuffer struct {
-	mu sync.Mutex
-	b  strings.Builder
-}
-
-func (l *logBuffer) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(b)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
 // waitFor waits at most 5 s for ok.
 func waitFor(t testing.TB, what string, ok func() bool) {
 	t.Helper()
@@ -141,6 +125,12 @@ func eventually(t *testing.T, within time.Duration, f func() error) {
 		}
 	}
 }
+
+// raceEnabled tells whether the race detector watches, and all takes longer.
+var raceEnabled = sync.OnceValue(func() bool {
+	info, _ := debug.ReadBuildInfo()
+	return slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+})
 
 // scaled returns how much a test does: under -short, as a rule, or with -long.
 func scaled[T any](short, usual, most T) T {
@@ -184,15 +174,7 @@ var buildDir = sync.OnceValues(func() (string, error) {
 })
 
 // builds has a function for each target, which builds it once.
-var builds = map[string]func() (string, error){
-	"tokenrelay":    sync.OnceValues(func() (string, error) { return goBuild("tokenrelay", "testdata/tokenrelay") }),
-	"relay":         sync.OnceValues(func() (string, error) { return goBuild("relay", "testdata/relay") }),
-	"gorilla":       sync.OnceValues(func() (string, error) { return goBuild("gorilla", "testdata/gorilla") }),
-	"linux/amd64":   sync.OnceValues(func() (string, error) { return goBuild("linux/amd64", ".") }),
-	"linux/arm64":   sync.OnceValues(func() (string, error) { return goBuild("linux/arm64", ".") }),
-	"darwin/arm64":  sync.OnceValues(func() (string, error) { return goBuild("darwin/arm64", ".") }),
-	"windows/amd64": sync.OnceValues(func() (string, error) { return goBuild("windows/amd64", ".") }),
-}
+var builds sync.Map
 
 // build returns the path of a binary, built as it is shipped. Under -short only
 // vw for this machine is built: other modules are downloaded, and other systems
@@ -202,38 +184,41 @@ func build(t testing.TB, target string) string {
 	if target != "linux/amd64" {
 		notShort(t, "go build of "+target)
 	}
-	name, err := builds[target]()
+	once, _ := builds.LoadOrStore(target, sync.OnceValues(func() (string, error) { return goBuild(target) }))
+	name, err := once.(func() (string, error))()
 	if err != nil {
 		t.Fatal(err)
 	}
 	return name
 }
 
-func goBuild(target, dir string) (string, error) {
+// goBuild builds vw for linux/amd64 and the like, or a module of testdata.
+func goBuild(target string) (string, error) {
 	out, err := buildDir()
 	if err != nil {
 		return "", err
 	}
-	name := filepath.Join(out, strings.ReplaceAll(target, "/", "-"))
-	c := exec.Command("go", "build", "-C", dir, "-ldflags", "-s -w", "-o", name, ".")
-	c.Env = append(os.Environ(), "CGO_ENABLED=0")
+	name, dir := filepath.Join(out, strings.ReplaceAll(target, "/", "-")), "testdata/"+target
+	env := append(os.Environ(), "CGO_ENABLED=0")
 	if system, arch, ok := strings.Cut(target, "/"); ok {
-		c.Env = append(c.Env, "GOOS="+system, "GOARCH="+arch)
+		dir, env = ".", append(env, "GOOS="+system, "GOARCH="+arch)
 	}
+	c := exec.Command("go", "build", "-C", dir, "-ldflags", "-s -w", "-o", name, ".")
+	c.Env = env
 	if text, err := c.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("go build for %s: %w\n%s", target, err, text)
 	}
 	return name, nil
 }
 
-// transcript is what a program has printed so far.
-type transcript struct {
+// logBuffer is what vw has logged, or another program printed, so far.
+type logBuffer struct {
 	mu   sync.Mutex
 	text []byte
 	more chan struct{} // closed when there is more; nil: nobody waits
 }
 
-func (o *transcript) Write(p []byte) (int, error) {
+func (o *logBuffer) Write(p []byte) (int, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.text = append(o.text, p...)
@@ -244,22 +229,22 @@ func (o *transcript) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func (o *transcript) String() string {
+func (o *logBuffer) String() string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return string(o.text)
 }
 
-func (o *transcript) len() int { return len(o.String()) }
+func (o *logBuffer) len() int { return len(o.String()) }
 
 // find returns the first match of the expression from a byte on, and its
 // groups; nil without one.
-func (o *transcript) find(from int, expr string) []string {
+func (o *logBuffer) find(from int, expr string) []string {
 	return regexp.MustCompile(expr).FindStringSubmatch(o.String()[from:])
 }
 
 // changed returns a channel that is closed at the next Write.
-func (o *transcript) changed() <-chan struct{} {
+func (o *logBuffer) changed() <-chan struct{} {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.more == nil {
@@ -272,7 +257,7 @@ func (o *transcript) changed() <-chan struct{} {
 type process struct {
 	name string
 	cmd  *exec.Cmd
-	out  transcript    // stdout and stderr
+	out  logBuffer     // stdout and stderr
 	done chan struct{} // closed when it has ended
 	err  error         // how, once done is closed
 }

@@ -1,6 +1,0 @@
-//go:build race
-
-package main
-
-// raceEnabled: the race detector watches, and everything takes longer.
-const raceEnabled = true
