@@ -140,7 +140,7 @@ func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logge
 	}
 	manager.tell("READY=1")
 	g.Go(func() error {
-		manager.watch(ctx, s.commands.rules.mux.tryLocks)
+		manager.watch(ctx, s.commands.rules.tryLocks)
 		return nil
 	})
 	g.Go(func() error {
@@ -216,7 +216,7 @@ func shutDown(s *server, h *http.Server) {
 		h.Close()
 	}
 	s.tasks.Wait()
-	s.commands.rules.tasks.Wait()
+	s.commands.rules.wait()
 }
 
 // listen opens the port on an address; "" means both loopback addresses, or

@@ -73,3 +73,13 @@ func mayOpen(path string) error {
 	const readWrite = 4 | 2 // unistd.h
 	return syscall.Access(path, readWrite)
 }
+
+// lockFile locks f for this process alone, until f is closed. taken: another
+// process has it.
+func lockFile(f *os.File) (taken bool, err error) {
+	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if err == syscall.EWOULDBLOCK {
+		return true, nil
+	}
+	return false, err
+}

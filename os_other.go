@@ -5,6 +5,7 @@
 package main
 
 import (
+	"errors"
 	"net"
 	"os"
 	"syscall"
@@ -26,3 +27,6 @@ func fileID(*os.File) string { return "" }
 func queryCamera(string) (string, []format, error) { return "", nil, errNotLinux }
 
 func mayOpen(string) error { return errNotLinux }
+
+// lockFile is known to work on Linux only.
+func lockFile(*os.File) (taken bool, err error) { return false, errors.ErrUnsupported }

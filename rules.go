@@ -1,11 +1,18 @@
-// Rules: what a hoster has asked for, its validation, and how a change is
-// applied. One change at a time, each wholly or not at all (I9); no HTTP here.
+// Rules: what a hoster has asked for, and how a change of it is applied. One
+// change at a time, each wholly or not at all (I9); no HTTP here.
+//
+// A change that only takes away is applied at once, and then stored. One that
+// adds is stored first, and applied when it is on the disk; until then it is
+// pending, and a newer change of the same rule revokes it. When it takes
+// something away, too, it does not wait longer for a disk that hangs than a
+// change that only takes away. Nobody waits for the disk with mu held (I6).
 
 package main
 
 import (
 	"context"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -15,201 +22,318 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
+)
+
+const (
+	maxWriteWait = 50 * time.Millisecond // for writes in progress that hold what was muted
+	shortWait    = 90 * time.Millisecond // from call to return, of a change that takes something away
+	longWait     = 5 * time.Second       // the same, of one that only adds
+	endWait      = time.Second           // for the disk, when vw ends
 )
 
 // rules are the rule set and what runs for it. Safe for concurrent use.
 type rules struct {
+	// static after construction
 	ctx    context.Context // ends every destination
 	mux    *mux
 	dial   func(ctx context.Context, network, address string) (net.Conn, error)
 	proxy  func(*http.Request) (*url.URL, error) // on the way to a relay; nil: none
 	roots  *x509.CertPool                        // that vouch for relays; nil: the system's
 	maxLag time.Duration
-	file   string // the state file; "": none
+	file   *stateFile // nil: the rules end with vw
 	log    *slog.Logger
-	tasks  sync.WaitGroup // the goroutines of destinations, take-overs and the state file
+	tasks  sync.WaitGroup // the goroutines of destinations and take-overs
 
-	storing sync.Mutex                        // held while the set is written, and while something is added; taken before mu
-	behind  atomic.Bool                       // the file is not the set
-	save    func(file string, b []byte) error // writeState, but in tests
-
-	mu           sync.RWMutex // held while a change is applied, which may take 50 ms
+	mu           sync.RWMutex // held while a change is applied, which may take 100 ms
 	streams      map[string][]string
 	destinations map[string]*running
-	adding       change // is being written, and applied then; the zero value: none, or it was taken back
-}
-
-// change is the rule that an addition is about.
-type change struct {
-	what string // "stream" or "destination"
-	name string
+	pending      []*change // not applied yet, oldest first
+	unstored     []*change // that the next write stores; the pending ones are among them
 }
 
 func newRules(ctx context.Context, x *mux, maxLag time.Duration, log *slog.Logger) *rules {
 	dialer := &net.Dialer{Control: limitUnsent}
 	return &rules{
 		ctx: ctx, mux: x, dial: dialer.DialContext, maxLag: maxLag, log: log,
-		save: writeState, streams: make(map[string][]string), destinations: make(map[string]*running),
+		streams: make(map[string][]string), destinations: make(map[string]*running),
 	}
 }
 
 // keep makes the rules in the state file called name those of r, and the file
 // follow r from now on. It is called once, before any other method.
 func (r *rules) keep(name string) error {
-	set, err := readState(name)
+	file, set, err := openState(name, r.log)
 	if err != nil {
 		return err
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	for name, feeds := range set.streams {
-		r.applyStream(streamRule{name, feeds})
+		r.mu.Lock()
+		r.carryOut(r.streamChange(streamRule{name, feeds}), time.Now(), atOnce)
 	}
 	for _, rule := range set.destinations {
-		r.applyDestination(rule)
+		r.mu.Lock()
+		r.carryOut(r.destinationChange(rule), time.Now(), atOnce)
 	}
-	r.file = name
-	r.tasks.Go(r.catchUp)
+	r.file = file
+	file.start(r.ctx, r.snapshot, r.stored)
 	return nil
 }
 
-// catchUp tries again to write the state file when that has failed.
-func (r *rules) catchUp() {
-	again := time.NewTicker(10 * time.Second)
-	defer again.Stop()
-	for r.ctx.Err() == nil {
-		select {
-		case <-again.C:
-		case <-r.ctx.Done():
-		}
-		if r.behind.Load() && r.store() == nil {
-			r.log.Info("the rules are stored again")
-		}
+// wait returns when nothing runs any more; ctx must be done. A disk that hangs
+// is left behind after a while.
+func (r *rules) wait() {
+	r.tasks.Wait()
+	if r.file != nil {
+		r.file.wait(endWait)
 	}
 }
 
-// errNotStored: the state file could not be written.
-type errNotStored struct {
-	inForce string // what that means for the change
-	error
+// tryLocks returns when each lock on the way of rule changes and of video could
+// be taken once.
+func (r *rules) tryLocks() {
+	r.mu.RLock()
+	r.mu.RUnlock()
+	r.mux.tryLocks()
 }
 
-func (e errNotStored) Error() string { return e.inForce + ": " + e.error.Error() }
+// ruleKey names a rule: of a stream or of a destination.
+type ruleKey struct{ kind, name string }
 
-// store writes the set as it is to the state file, after a change that only
-// takes away: a full disk does not keep a mute from being in force.
-func (r *rules) store() error {
-	r.storing.Lock()
-	defer r.storing.Unlock()
-	if err := r.write(r.set()); err != nil {
-		return errNotStored{"in force, not stored", err}
+// change is what one call changes. Guarded by rules.mu, but for result.
+type change struct {
+	key     ruleKey               // of the rule that it sets; zero: it sets none
+	put     func(ruleSet)         // does to a copy of the rules what apply does to them
+	apply   func() (after func()) // does it, with mu held; after is the rest, without mu
+	takes   bool                  // takes away something that is in force
+	applied bool
+	after   func()     // what apply returned
+	result  chan error // what the disk said
+}
+
+// carryOut applies and stores c, and returns when both are done, or when the
+// disk does not answer in time. mu is held when it is called, and is not when
+// it returns.
+func (r *rules) carryOut(c *change, begun time.Time, atOnce bool) error {
+	c.result = make(chan error, 1)
+	if atOnce || r.file == nil {
+		r.applyChange(c)
+	} else {
+		r.pending = append(r.pending, c)
 	}
-	return nil
-}
-
-// set returns a copy of the rules.
-func (r *rules) set() ruleSet {
-	return ruleSet{r.allStreams(), r.allDestinations()}
-}
-
-// write makes set the content of the state file; storing is held.
-func (r *rules) write(set ruleSet) error {
-	if r.file == "" {
+	if r.file != nil {
+		r.unstored = append(r.unstored, c)
+		r.file.request()
+	}
+	applied := c.applied
+	r.mu.Unlock()
+	if applied {
+		c.after()
+	}
+	if r.file == nil {
 		return nil
 	}
-	err := r.save(r.file, set.encode())
-	if was := r.behind.Swap(err != nil); !was && err != nil {
-		r.log.Error("the rules are not stored", "err", err)
+	err := r.awaitDisk(c, begun)
+	if !applied && c.applied {
+		c.after()
 	}
 	return err
 }
 
-// setStream adds or changes a stream. When it returns, no message of a feed
-// that the rule no longer has will be begun (I6).
+const atOnce = true // before it is stored
+
+// awaitDisk waits until c is stored. When the disk does not answer in time, a
+// change that takes something away is applied, and one that only adds is not.
+func (r *rules) awaitDisk(c *change, begun time.Time) error {
+	wait := longWait
+	if c.takes {
+		wait = shortWait
+	}
+	if c.takes && r.file.hangs(shortWait) {
+		wait = 0
+	}
+	late := time.NewTimer(time.Until(begun.Add(wait)))
+	defer late.Stop()
+	select {
+	case err := <-c.result:
+		return err
+	case <-late.C:
+	case <-r.ctx.Done():
+		late.Reset(min(endWait, time.Until(begun.Add(wait))))
+		select {
+		case err := <-c.result:
+			return err
+		case <-late.C:
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	select {
+	case err := <-c.result:
+		return err
+	default:
+	}
+	r.file.tellHang()
+	if i := slices.Index(r.pending, c); i >= 0 && c.takes {
+		r.applyChange(c)
+	} else if i >= 0 {
+		r.pending = slices.Delete(r.pending, i, i+1)
+		r.file.request() // the write that hangs may store c
+	}
+	return notStored(c, errDiskHangs)
+}
+
+// snapshot returns the rules as they are to be stored, with those pending, and
+// the changes that made them so.
+func (r *rules) snapshot() (ruleSet, []*change) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	changes := r.unstored
+	r.unstored = nil
+	return r.planned(), changes
+}
+
+// planned returns a copy of the rules as they are when all that is pending is
+// applied; mu is held.
+func (r *rules) planned() ruleSet {
+	set := r.inForce()
+	for _, c := range r.pending {
+		c.put(set)
+	}
+	return set
+}
+
+// stored takes what the disk said of the changes that snapshot returned, and
+// applies those that waited for it.
+func (r *rules) stored(changes []*change, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, c := range changes {
+		if i := slices.Index(r.pending, c); i >= 0 && (err == nil || errors.As(err, new(unsyncedError))) {
+			r.applyChange(c)
+		} else if i >= 0 {
+			r.pending = slices.Delete(r.pending, i, i+1)
+		}
+		if err != nil {
+			c.result <- notStored(c, err)
+		} else {
+			c.result <- nil
+		}
+	}
+}
+
+// notStoredError: the state file could not be written. It says what that means
+// for the change.
+type notStoredError struct {
+	meaning string
+	error
+}
+
+func (e notStoredError) Error() string { return e.meaning + ": " + e.error.Error() }
+func (e notStoredError) Unwrap() error { return e.error }
+
+// notStored is err, as the caller of c is told. mu is held.
+func notStored(c *change, err error) error {
+	switch {
+	case c.applied && errors.As(err, new(unsyncedError)):
+		return notStoredError{"in force and stored, but a power cut may undo it", err}
+	case c.applied:
+		return notStoredError{"in force, not stored", err}
+	}
+	return notStoredError{"nothing has changed", err}
+}
+
+// applyChange makes c what runs; mu is held. What is pending of the same rule,
+// and older, is revoked.
+func (r *rules) applyChange(c *change) {
+	r.revoke(c.key, c)
+	c.after = c.apply()
+	c.applied = true
+}
+
+// revoke keeps the changes of a rule that are pending, and older than c, from
+// being applied, and c from being so twice. It reports whether there was an
+// older one; mu is held.
+func (r *rules) revoke(key ruleKey, c *change) (revoked bool) {
+	newer := false
+	r.pending = slices.DeleteFunc(r.pending, func(p *change) bool {
+		if p == c {
+			newer = true
+			return true
+		}
+		older := p.key == key && !newer
+		revoked = revoked || older
+		return older
+	})
+	return revoked
+}
+
+// set returns a copy of the rules in force.
+func (r *rules) set() ruleSet {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.inForce()
+}
+
+// inForce is set with mu held.
+func (r *rules) inForce() ruleSet {
+	set := ruleSet{maps.Clone(r.streams), make(map[string]destinationRule, len(r.destinations))}
+	for name, d := range r.destinations {
+		set.destinations[name] = d.rule
+	}
+	return set
+}
+
+// isStored reports whether the state file, if there is one, has the rules in
+// force; mu is held.
+func (r *rules) isStored() bool { return r.file == nil || r.file.isCurrent() }
+
+// setStream adds or changes a stream, and returns the rule as it is stored.
+// When it returns, no message of a feed that the rule no longer has will be
+// begun (I6).
 func (r *rules) setStream(rule streamRule) (streamRule, error) {
+	begun := time.Now()
 	rule, err := rule.clean()
 	if err != nil {
 		return rule, err
 	}
-	if done, err := r.mute(rule); done {
-		return rule, err
-	}
-	r.storing.Lock()
-	defer r.storing.Unlock()
-	set := r.begin(change{"stream", rule.Stream})
-	if _, known := set.streams[rule.Stream]; !known && len(set.streams) >= maxStreams {
-		return rule, fmt.Errorf("stream %q: there are %d streams: %w", rule.Stream, len(set.streams), errFull)
-	}
-	set.streams[rule.Stream] = rule.Feeds
-	return rule, r.add(set, func() { r.applyStream(rule) })
-}
-
-// begin notes what is to be added, and returns a copy of the rules before it;
-// storing is held.
-func (r *rules) begin(c change) ruleSet {
 	r.mu.Lock()
-	r.adding = c
-	r.mu.Unlock()
-	return r.set()
-}
-
-// add stores a set with what is added, then applies that with mu held; storing
-// is held. What was muted or deleted while the disk was written stays so: that
-// came after this.
-func (r *rules) add(set ruleSet, apply func()) error {
-	err := r.write(set)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if err != nil {
-		return errNotStored{"nothing has changed", err}
-	}
-	if r.adding != (change{}) {
-		apply()
-	}
-	return nil
-}
-
-// takeBack keeps an addition that is being written from being applied, and
-// tells whether there was one; mu is held. A change without a name is for all.
-func (r *rules) takeBack(c change) bool {
-	if r.adding != c && (r.adding.what != c.what || c.name != "") {
-		return false
-	}
-	r.adding = change{}
-	return true
-}
-
-// mute sets a stream if the rule adds no feed to it.
-func (r *rules) mute(rule streamRule) (done bool, err error) {
-	r.mu.Lock()
-	old, ok := r.streams[rule.Stream]
-	for _, f := range rule.Feeds {
-		ok = ok && slices.Contains(old, f)
-	}
-	stored := ok && slices.Equal(old, rule.Feeds) && !r.behind.Load()
-	if ok && r.takeBack(change{"stream", rule.Stream}) {
-		stored = false
-	}
-	if ok && !slices.Equal(old, rule.Feeds) {
-		r.applyStream(rule)
-	}
-	r.mu.Unlock()
+	old, known := r.streams[rule.Stream]
+	planned := r.planned()
+	next, expected := planned.streams[rule.Stream]
 	switch {
-	case !ok:
-		return false, nil
-	case stored:
-		return true, nil
+	case known && slices.Equal(old, rule.Feeds) && slices.Equal(next, rule.Feeds) && r.isStored():
+		r.mu.Unlock()
+		return rule, nil
+	case !known && !expected && len(planned.streams) >= maxStreams:
+		r.mu.Unlock()
+		return rule, fmt.Errorf("stream %q: there are %d streams: %w", rule.Stream, len(planned.streams), errFull)
 	}
-	return true, r.store()
+	adds := !subset(rule.Feeds, old)
+	c := r.streamChange(rule)
+	c.takes = !adds || !subset(old, rule.Feeds) || !subset(next, rule.Feeds)
+	return rule, r.carryOut(c, begun, !adds)
 }
 
-// applyStream is called with mu held.
-func (r *rules) applyStream(rule streamRule) {
-	r.streams[rule.Stream] = rule.Feeds
-	await(r.mux.setStream(rule.Stream, rule.Feeds, true))
-	r.log.Info("stream set", "stream", rule.Stream, "feeds", strings.Join(rule.Feeds, " "))
+// subset reports whether every name of a is in b.
+func subset(a, b []string) bool {
+	return !slices.ContainsFunc(a, func(name string) bool { return !slices.Contains(b, name) })
+}
+
+// streamChange is the change to rule.
+func (r *rules) streamChange(rule streamRule) *change {
+	return &change{
+		key: ruleKey{"stream", rule.Stream},
+		put: func(set ruleSet) { set.streams[rule.Stream] = rule.Feeds },
+		apply: func() func() {
+			r.streams[rule.Stream] = rule.Feeds
+			ended := r.mux.setStream(rule.Stream, rule.Feeds, true)
+			return func() {
+				awaitWrites(ended)
+				r.log.Info("stream set", "stream", rule.Stream, "feeds", strings.Join(rule.Feeds, " "))
+			}
+		},
+	}
 }
 
 // stream returns the feeds of a stream, or errNotFound.
@@ -224,86 +348,107 @@ func (r *rules) stream(name string) ([]string, error) {
 }
 
 // allStreams returns a copy of the stream rules.
-func (r *rules) allStreams() map[string][]string {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
-	return maps.Clone(r.streams)
-}
+func (r *rules) allStreams() map[string][]string { return r.set().streams }
 
-// deleteStream removes a stream, as setStream without feeds would silence it.
+// deleteStream removes a stream. When it returns, no message of its feeds will
+// be begun on it (I6).
 func (r *rules) deleteStream(name string) error {
+	begun := time.Now()
 	r.mu.Lock()
-	_, ok := r.streams[name]
-	if ok {
-		r.takeBack(change{"stream", name})
-		await(r.dropStream(name))
-	}
-	r.mu.Unlock()
-	if !ok {
+	_, known := r.streams[name]
+	if !r.revoke(ruleKey{"stream", name}, nil) && !known {
+		r.mu.Unlock()
 		return fmt.Errorf("stream %q: %w", name, errNotFound)
 	}
-	return r.store()
+	return r.carryOut(r.streamsDeletion(name), begun, atOnce)
 }
 
 // deleteStreams removes all streams.
 func (r *rules) deleteStreams() error {
+	begun := time.Now()
 	r.mu.Lock()
-	r.takeBack(change{"stream", ""})
-	var words []<-chan struct{}
-	for name := range r.streams {
-		words = append(words, r.dropStream(name)...)
-	}
-	await(words)
-	r.mu.Unlock()
-	return r.store()
+	r.revokeAll("stream")
+	return r.carryOut(r.streamsDeletion(slices.Collect(maps.Keys(r.streams))...), begun, atOnce)
 }
 
-// dropStream is called with mu held; the stream is silent when its words are.
-func (r *rules) dropStream(name string) []<-chan struct{} {
-	delete(r.streams, name)
-	words := r.mux.setStream(name, nil, false)
-	r.log.Info("stream deleted", "stream", name)
-	return words
+// revokeAll keeps the pending changes of a kind of rule from being applied; mu
+// is held.
+func (r *rules) revokeAll(kind string) {
+	r.pending = slices.DeleteFunc(r.pending, func(c *change) bool { return c.key.kind == kind })
 }
 
-// await waits for send loops to say that no write is in progress, and at most
-// 50 ms: only a write that nothing can interrupt takes so long, and what that
-// holds was begun before.
-func await(words []<-chan struct{}) {
-	if len(words) == 0 {
+// streamsDeletion is the change that deletes streams.
+func (r *rules) streamsDeletion(names ...string) *change {
+	return &change{takes: true, apply: func() func() {
+		var ended []<-chan struct{}
+		for _, name := range names {
+			delete(r.streams, name)
+			ended = append(ended, r.mux.setStream(name, nil, false)...)
+		}
+		return func() {
+			awaitWrites(ended)
+			for _, name := range names {
+				r.log.Info("stream deleted", "stream", name)
+			}
+		}
+	}}
+}
+
+// awaitWrites waits for writes in progress to end, for a while. Only TLS and
+// HTTP writes cannot be interrupted; the message in such a write was begun
+// before the call.
+func awaitWrites(ended []<-chan struct{}) {
+	if len(ended) == 0 {
 		return
 	}
-	timeout := time.NewTimer(50 * time.Millisecond)
+	timeout := time.NewTimer(maxWriteWait)
 	defer timeout.Stop()
-	for _, w := range words {
+	for _, e := range ended {
 		select {
-		case <-w:
+		case <-e:
 		case <-timeout.C:
 			return
 		}
 	}
 }
 
-// setDestination adds or changes a destination. The same rule again changes
-// nothing; *** keeps a secret as it is.
+// setDestination adds or changes a destination, and returns the rule as it is
+// stored. The same rule again changes nothing; *** keeps a secret as it is.
 func (r *rules) setDestination(rule destinationRule) (destinationRule, error) {
-	r.storing.Lock()
-	defer r.storing.Unlock()
-	name := strings.TrimPrefix(string(rule.ID), "/")
-	set := r.begin(change{"destination", name})
-	rule, _, err := rule.keep(set.destinations[name]).clean()
+	begun := time.Now()
+	r.mu.Lock()
+	planned := r.planned()
+	rule, _, err := rule.keep(planned.destinations[strings.TrimPrefix(string(rule.ID), "/")]).clean()
 	if err != nil {
+		r.mu.Unlock()
 		return rule, err
 	}
-	old, known := set.destinations[string(rule.ID)]
-	if known && old == rule && !r.behind.Load() {
+	name := string(rule.ID)
+	old, known := r.destinations[name]
+	next, expected := planned.destinations[name]
+	switch {
+	case known && old.rule == rule && next == rule && r.isStored():
+		r.mu.Unlock()
 		return rule, nil
+	case !known && !expected && len(planned.destinations) >= maxDestinations:
+		r.mu.Unlock()
+		return rule, fmt.Errorf("destination %q: there are %d destinations: %w", name, len(planned.destinations), errFull)
 	}
-	if !known && len(set.destinations) >= maxDestinations {
-		return rule, fmt.Errorf("destination %q: there are %d destinations: %w", rule.ID, len(set.destinations), errFull)
+	c := r.destinationChange(rule)
+	c.takes = known // the old way, if nothing else
+	return rule, r.carryOut(c, begun, !atOnce)
+}
+
+// destinationChange is the change to rule, which is clean.
+func (r *rules) destinationChange(rule destinationRule) *change {
+	return &change{
+		key: ruleKey{"destination", string(rule.ID)},
+		put: func(set ruleSet) { set.destinations[string(rule.ID)] = rule },
+		apply: func() func() {
+			r.runDestination(rule)
+			return func() {}
+		},
 	}
-	set.destinations[string(rule.ID)] = rule
-	return rule, r.add(set, func() { r.applyDestination(rule) })
 }
 
 // newDestination returns what a rule runs, without a log. The rule is clean.
@@ -317,10 +462,10 @@ func (r *rules) newDestination(rule destinationRule) *destination {
 	}
 }
 
-// applyDestination starts a destination; mu is held. A new URL for the same
+// runDestination starts a destination; mu is held. A new URL for the same
 // stream is opened beside the old one, which ends when the new one has taken
 // over; any other change ends the old one now.
-func (r *rules) applyDestination(rule destinationRule) {
+func (r *rules) runDestination(rule destinationRule) {
 	was := r.destinations[string(rule.ID)]
 	if was != nil && was.rule == rule {
 		return
@@ -357,15 +502,7 @@ func (r *rules) destination(name string) (destinationRule, error) {
 }
 
 // allDestinations returns a copy of the destination rules.
-func (r *rules) allDestinations() map[string]destinationRule {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
-	all := make(map[string]destinationRule, len(r.destinations))
-	for name, d := range r.destinations {
-		all[name] = d.rule
-	}
-	return all
-}
+func (r *rules) allDestinations() map[string]destinationRule { return r.set().destinations }
 
 // destinationStats looks at what runs, by id.
 func (r *rules) destinationStats(now time.Time) map[string]*destinationStats {
@@ -382,31 +519,39 @@ func (r *rules) destinationStats(now time.Time) map[string]*destinationStats {
 // deleteDestination removes a destination. When it returns, nothing more is
 // written to its relay (I6).
 func (r *rules) deleteDestination(name string) error {
+	begun := time.Now()
 	r.mu.Lock()
-	d := r.destinations[name]
-	if d != nil {
-		r.takeBack(change{"destination", name})
-		delete(r.destinations, name)
-		d.stop(errRemoved)
-	}
-	r.mu.Unlock()
-	if d == nil {
+	_, known := r.destinations[name]
+	if !r.revoke(ruleKey{"destination", name}, nil) && !known {
+		r.mu.Unlock()
 		return fmt.Errorf("destination %q: %w", name, errNotFound)
 	}
-	return r.store()
+	return r.carryOut(r.destinationsDeletion(name), begun, atOnce)
 }
 
 // deleteDestinations removes all destinations.
 func (r *rules) deleteDestinations() error {
+	begun := time.Now()
 	r.mu.Lock()
-	r.takeBack(change{"destination", ""})
-	for _, d := range r.destinations {
-		d.end(errRemoved)
-	}
-	for name, d := range r.destinations {
-		delete(r.destinations, name)
-		d.stop(errRemoved)
-	}
-	r.mu.Unlock()
-	return r.store()
+	r.revokeAll("destination")
+	return r.carryOut(r.destinationsDeletion(slices.Collect(maps.Keys(r.destinations))...), begun, atOnce)
+}
+
+// destinationsDeletion is the change that deletes destinations.
+func (r *rules) destinationsDeletion(names ...string) *change {
+	return &change{takes: true, apply: func() func() {
+		var gone []*running
+		for _, name := range names {
+			if d := r.destinations[name]; d != nil {
+				delete(r.destinations, name)
+				d.end(errRemoved)
+				gone = append(gone, d)
+			}
+		}
+		return func() {
+			for _, d := range gone {
+				d.stop(errRemoved)
+			}
+		}
+	}}
 }

@@ -2,22 +2,31 @@
 //
 // One JSON value a line: first {"vw":1,"streams":M,"destinations":N}, then M
 // stream rules and N destination rules. It is replaced whole, by rename, so
-// that a crash at any moment leaves the old or the new one.
+// that a crash at any moment leaves the old or the new one. It is for its owner
+// alone, and for one vw: that holds a lock on a file beside it, which is never
+// removed nor renamed.
+//
+// One goroutine writes it, as long as the disk takes. A write that hangs for
+// good is left behind when vw ends: the exception to I3 that the log has, too.
 
 package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"sync"
+	"time"
 )
 
 const maxState = 64 << 20 // bytes of a state file
@@ -123,9 +132,185 @@ func (s ruleSet) addDestination(line []byte) error {
 	return nil
 }
 
-// readState reads the state file called name. One that is not there yet is
-// made, with no rules, to learn at once whether that can be done.
-func readState(name string) (ruleSet, error) {
+// stateFile is the state file of a set of rules, and its only writer. Its
+// methods do not block but for wait.
+type stateFile struct {
+	// static after construction
+	name string // no link
+	lock *os.File
+	save func(name string, b []byte) error // writeState, but in tests
+	log  *slog.Logger
+	due  chan struct{} // holds a token when there is something to write
+	done chan struct{} // closed when nothing will be written any more
+
+	mu     sync.Mutex
+	begun  time.Time // when the write in progress began; zero: there is none
+	stale  bool      // the file has not all that the rules are
+	failed bool      // and the log was told
+}
+
+const retryWrite = 10 * time.Second
+
+// openState reads the state file called name, and returns what is in it. One
+// that does not exist yet is made, with no rules, to learn at once whether that
+// can be done.
+func openState(name string, log *slog.Logger) (*stateFile, ruleSet, error) {
+	name, err := followLinks(name)
+	if err != nil {
+		return nil, ruleSet{}, err
+	}
+	lock, taken, unlocked := lockState(name)
+	var set ruleSet
+	if taken {
+		err = errors.New("another vw uses this file")
+	} else {
+		set, err = readState(name, log)
+	}
+	if err != nil {
+		lock.Close()
+		return nil, ruleSet{}, err
+	}
+	if unlocked != nil {
+		log.Warn("VW_STATE: nothing keeps another vw from using the same file", "err", unlocked)
+	}
+	return &stateFile{
+		name: name, lock: lock, save: writeState, log: log, due: make(chan struct{}, 1), done: make(chan struct{}),
+	}, set, nil
+}
+
+// start writes what snapshot returns whenever that is asked for, and tells
+// stored how it went, until ctx is done. It tries again when that has failed.
+func (f *stateFile) start(ctx context.Context, snapshot func() (ruleSet, []*change), stored func([]*change, error)) {
+	var writer sync.WaitGroup // wait waits for it, for a while
+	writer.Go(func() {
+		defer close(f.done)
+		defer f.lock.Close()
+		again := time.NewTicker(retryWrite)
+		defer again.Stop()
+		for ctx.Err() == nil {
+			select {
+			case <-f.due:
+			case <-again.C:
+			case <-ctx.Done():
+			}
+			if f.begin() {
+				set, changes := snapshot()
+				err := f.save(f.name, set.encode())
+				f.end(err)
+				stored(changes, err)
+			}
+		}
+	})
+}
+
+// request asks for the rules to be written as they are now.
+func (f *stateFile) request() {
+	f.mu.Lock()
+	f.stale = true
+	f.mu.Unlock()
+	select {
+	case f.due <- struct{}{}:
+	default:
+	}
+}
+
+// begin reports whether there is something to write, and that it is being
+// written from now on.
+func (f *stateFile) begin() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.stale {
+		f.begun, f.stale = time.Now(), false
+		return true
+	}
+	return false
+}
+
+// end is the end of the write in progress.
+func (f *stateFile) end(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.begun = time.Time{}
+	f.stale = f.stale || err != nil
+	switch was := f.failed; {
+	case err != nil:
+		f.tellFailure(err)
+	case was:
+		f.failed = false
+		f.log.Info("the rules are stored again")
+	}
+}
+
+// tellFailure tells the log, once, that the rules are not stored; mu is held.
+func (f *stateFile) tellFailure(err error) {
+	if !f.failed {
+		f.failed = true
+		f.log.Error("the rules are not stored", "err", err)
+	}
+}
+
+// errDiskHangs: it is not known yet whether the state file could be written.
+var errDiskHangs = errors.New("the disk does not answer")
+
+// tellHang tells the log that somebody has waited in vain.
+func (f *stateFile) tellHang() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.tellFailure(errDiskHangs)
+}
+
+// hangs reports whether the write in progress has taken that long.
+func (f *stateFile) hangs(after time.Duration) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return !f.begun.IsZero() && time.Since(f.begun) >= after
+}
+
+// isCurrent reports whether the file has the rules as they are.
+func (f *stateFile) isCurrent() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return !f.stale && f.begun.IsZero()
+}
+
+// wait waits for the last write, for a while. The context of start must be done.
+func (f *stateFile) wait(most time.Duration) {
+	late := time.NewTimer(most)
+	defer late.Stop()
+	select {
+	case <-f.done:
+	case <-late.C:
+	}
+}
+
+// followLinks returns the name of the file that name leads to, whether that
+// exists or not.
+func followLinks(name string) (string, error) {
+	for range 40 {
+		target, err := os.Readlink(name)
+		if err != nil {
+			return name, nil
+		}
+		if !filepath.IsAbs(target) {
+			target = filepath.Join(filepath.Dir(name), target)
+		}
+		name = target
+	}
+	return "", fmt.Errorf("%s: too many links", name)
+}
+
+// lockState locks the state file called name for this vw. taken: another vw has
+// it. The lock is held until the file that it returns is closed.
+func lockState(name string) (lock *os.File, taken bool, err error) {
+	lock, err = os.OpenFile(name+".lock", os.O_RDWR|os.O_CREATE, 0o600)
+	if err == nil {
+		taken, err = lockFile(lock)
+	}
+	return lock, taken, err
+}
+
+// readState reads the state file called name.
+func readState(name string, log *slog.Logger) (ruleSet, error) {
 	info, err := os.Stat(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		var none ruleSet
@@ -136,6 +321,10 @@ func readState(name string) (ruleSet, error) {
 	}
 	if !info.Mode().IsRegular() {
 		return ruleSet{}, fmt.Errorf("%s is not a regular file", name)
+	}
+	if mode := info.Mode().Perm(); mode&0o077 != 0 && runtime.GOOS != "windows" {
+		err := os.Chmod(name, mode&0o700)
+		log.Warn("VW_STATE: others could read the file, which may hold secrets; now its owner alone can", "mode", mode, "err", err)
 	}
 	f, err := os.Open(name)
 	if err != nil {
@@ -152,17 +341,20 @@ func readState(name string) (ruleSet, error) {
 	return decodeState(b)
 }
 
-// writeState replaces the file called name. When it returns nil, b is on the
-// disk; else the old content may be, or b. It blocks as long as the disk does.
+// unsyncedError: a file has its new content, but a power cut may undo that.
+type unsyncedError struct{ error }
+
+func (e unsyncedError) Unwrap() error { return e.error }
+
+// writeState replaces the file called name, which is no link. When it returns
+// nil, b is on the disk; an unsyncedError, b is in the file; else the old
+// content is. It blocks as long as the disk does.
 func writeState(name string, b []byte) (err error) {
-	if target, err := filepath.EvalSymlinks(name); err == nil {
-		name = target // the link stays
-	}
 	if info, err := os.Stat(name); err == nil && info.Mode().Perm()&0o200 == 0 {
 		return &fs.PathError{Op: "write", Path: name, Err: errors.New("the file is read-only")}
 	}
 	next := name + ".new"
-	os.Remove(next) // one that is there may be of a crash, or somebody's
+	os.Remove(next) // a leftover of a crash; never write through a file put there by someone else
 	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
@@ -181,7 +373,10 @@ func writeState(name string, b []byte) (err error) {
 		os.Remove(next)
 		return err
 	}
-	return syncFolder(filepath.Dir(name))
+	if err := syncFolder(filepath.Dir(name)); err != nil {
+		return unsyncedError{err}
+	}
+	return nil
 }
 
 // syncFolder makes a rename in a folder last.
