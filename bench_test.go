@@ -10,9 +10,7 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"crypto/sha1"
 	"crypto/tls"
-	"encoding/base64"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -27,7 +25,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -106,7 +103,7 @@ func receivers() {
 				ws := false
 				if b, _ := r.Peek(4); string(b) == "GET " {
 					ws = true
-					acceptWebsocket(conn, r)
+					upgradeTo(conn, must(http.ReadRequest(r)))
 				}
 				total.Add(int64(r.Buffered()))
 				buf := make([]byte, 64<<10)
@@ -134,14 +131,6 @@ func must[T any](v T, err error) T {
 		panic(err)
 	}
 	return v
-}
-
-// acceptWebsocket does the opening handshake as a server. RFC 6455 4.2.2.
-func acceptWebsocket(w io.Writer, r *bufio.Reader) {
-	request := must(http.ReadRequest(r))
-	sum := sha1.Sum([]byte(request.Header.Get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
-	fmt.Fprintf(w, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n",
-		base64.StdEncoding.EncodeToString(sum[:]))
 }
 
 const pongEvery = 1800 * time.Millisecond // a little more often than vw pings
@@ -185,47 +174,25 @@ func benchStart(b testing.TB, role string, cmd *exec.Cmd) (pid int, addr string,
 	}
 }
 
-// benchVW starts vw, which sends the feed "bench" to n destinations at relay.
-func benchVW(b *testing.B, n int, relay string) (pid int, addr string) {
-	cmd := exec.Command(build(b, "linux/amd64"), "stream")
-	cmd.Env = append(os.Environ(), "VW_PORT=0")
-	log, err := cmd.StderrPipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		b.Fatal(err)
-	}
-	var logged sync.WaitGroup
+// benchVW starts vw, which sends the feed "bench" to n destinations at relay. In
+// the end it shows what vw warned of.
+func benchVW(b *testing.B, n int, relay string) *vwProcess {
+	v := startVW(b, os.Environ()...)
 	b.Cleanup(func() {
-		cmd.Process.Signal(syscall.SIGTERM)
-		logged.Wait()
-		cmd.Wait()
-	})
-	lines := bufio.NewScanner(log)
-	for lines.Scan() && !strings.Contains(lines.Text(), "addr=127.0.0.1:") {
-	}
-	_, addr, _ = strings.Cut(lines.Text(), "addr=")
-	logged.Go(func() {
-		for lines.Scan() {
-			if strings.Contains(lines.Text(), "level=WARN") {
-				fmt.Fprintln(os.Stderr, lines.Text())
+		for line := range strings.Lines(v.out.String()) {
+			if strings.Contains(line, "level=WARN") {
+				fmt.Fprint(os.Stderr, line)
 			}
 		}
 	})
-	benchRules(b, addr, n, relay)
-	return cmd.Process.Pid, addr
+	benchRules(b, v, "bench", n, relay)
+	return v
 }
 
-// benchRules adds n destinations for the feed "bench".
-func benchRules(b *testing.B, addr string, n int, relay string) {
+// benchRules adds n destinations.
+func benchRules(b *testing.B, v *vwProcess, stream string, n int, relay string) {
 	for i := range n {
-		rule := fmt.Sprintf(`{"id":%d,"stream":"bench","destination":"%s/"}`, i, relay)
-		r, err := http.Post("http://"+addr+"/api/destinations", "", strings.NewReader(rule))
-		if err != nil || r.StatusCode != http.StatusOK {
-			b.Fatal(err, r)
-		}
-		r.Body.Close()
+		v.call(b, http.StatusOK, "POST", "/api/destinations", fmt.Sprintf(`{"id":%d,"stream":%q,"destination":"%s/"}`, i, stream, relay))
 	}
 }
 
@@ -252,7 +219,7 @@ type benchClip struct {
 	every   time.Duration // from frame to frame
 
 	frames  int
-	psiCC   byte
+	tables  tsMaker
 	videoCC byte
 	buf     []byte
 }
@@ -272,9 +239,9 @@ func (c *benchClip) next() []byte {
 	pcr := pts - 63000
 	field := []byte{7, 0x10, byte(pcr >> 25), byte(pcr >> 17), byte(pcr >> 9), byte(pcr >> 1), byte(pcr<<7) | 0x7e, 0}
 	if c.frames%12 == 0 {
-		b = append(b, benchSection(patPID, c.psiCC, "\x00\xb0\x0d\x00\x01\xc1\x00\x00\x00\x01\xf0\x00")...)
-		b = append(b, benchSection(0x1000, c.psiCC, "\x02\xb0\x12\x00\x01\xc1\x00\x00\xe1\x00\xf0\x00\x01\xe1\x00\xf0\x00")...)
-		c.psiCC++
+		c.tables.Reset()
+		c.tables.tables(testVideo, 0x01)
+		b = append(b, c.tables.Bytes()...)
 		field[1] |= 0x40
 	}
 	for i := range c.packets {
@@ -296,13 +263,6 @@ func (c *benchClip) next() []byte {
 	c.frames++
 	c.buf = b
 	return b
-}
-
-// benchSection is a packet that holds one section.
-func benchSection(pid uint16, cc byte, section string) []byte {
-	b := append([]byte{syncByte, 0x40 | byte(pid>>8), byte(pid), 0x10 | cc&15, 0}, section...)
-	b = binary.BigEndian.AppendUint32(b, crc32MPEG([]byte(section)))
-	return append(b, bytes.Repeat([]byte{0xff}, packetSize-len(b))...)
 }
 
 // benchPost is a chunked POST that is written as ffmpeg does: a frame is one
@@ -390,6 +350,7 @@ type comparison struct {
 	scheme string // ws or wss
 	addr   string // of the receivers
 	count  func() string
+	vw     *vwProcess
 	relays []benchRelay // vw is the first
 }
 
@@ -402,14 +363,14 @@ type benchRelay struct {
 func newComparison(b *testing.B, n int, scheme string) *comparison {
 	m := &comparison{b: b, n: n, scheme: scheme}
 	var args []string
+	certs := newCerts(b)
+	b.Setenv("SSL_CERT_FILE", certs.ca)
 	if scheme == "wss" {
-		certs := newCerts(b)
 		args = []string{certs.cert, certs.key}
-		b.Setenv("SSL_CERT_FILE", certs.ca)
 	}
 	_, m.addr, m.count = benchChild(b, "receivers", args...)
-	pid, addr := benchVW(b, n, scheme+"://"+m.addr)
-	m.relays = []benchRelay{{kind: "vw", pid: pid, addr: addr}}
+	m.vw = benchVW(b, n, scheme+"://"+m.addr)
+	m.relays = []benchRelay{{kind: "vw", pid: m.vw.cmd.Process.Pid, addr: m.vw.addr}}
 	return m
 }
 
@@ -482,31 +443,21 @@ func BenchmarkLatency(b *testing.B) {
 
 func benchLatency(b *testing.B, destinations int) {
 	const frames, every = 250, 40 * time.Millisecond
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		b.Fatal(err)
-	}
+	l := listenLoopback(b)
 	base := time.Now()
 	var mu sync.Mutex
 	got := make(map[int][]time.Duration) // by frame
-	var readers sync.WaitGroup
-	b.Cleanup(readers.Wait)
-	b.Cleanup(func() { l.Close() })
-	_, addr := benchVW(b, destinations, "ws://"+l.Addr().String())
-	for range destinations {
-		conn, err := l.Accept()
-		if err != nil {
-			b.Fatal(err)
-		}
-		readers.Go(func() {
-			defer conn.Close()
-			readFrames(conn, func(frame int, at time.Time) {
-				mu.Lock()
-				defer mu.Unlock()
-				got[frame] = append(got[frame], at.Sub(base))
-			})
+	var conns atomic.Int64
+	serveEach(b, l, func(conn net.Conn) {
+		conns.Add(1)
+		readFrames(conn, func(frame int, at time.Time) {
+			mu.Lock()
+			defer mu.Unlock()
+			got[frame] = append(got[frame], at.Sub(base))
 		})
-	}
+	})
+	addr := benchVW(b, destinations, "ws://"+l.Addr().String()).addr
+	waitFor(b, "all destinations", func() bool { return conns.Load() == int64(destinations) })
 	time.Sleep(100 * time.Millisecond) // the handshakes
 	post := newBenchPost(b, addr, 5_000, every)
 	post.feed(b, 25, func(int) {})
@@ -536,32 +487,18 @@ func benchLatency(b *testing.B, destinations int) {
 // with the time at which its message was whole.
 func readFrames(conn net.Conn, arrived func(frame int, at time.Time)) {
 	r := bufio.NewReaderSize(conn, 64<<10)
-	acceptWebsocket(conn, r)
-	var head [14]byte // RFC 6455 5.2
+	upgradeTo(conn, must(http.ReadRequest(r)))
 	var payload []byte
 	pong := time.Now()
 	for {
-		if _, err := io.ReadFull(r, head[:2]); err != nil {
+		opcode, b, err := readFrameInto(payload, r)
+		if err != nil {
 			return
 		}
-		more := map[byte]int{126: 2, 127: 8}[head[1]&0x7f]
-		if _, err := io.ReadFull(r, head[2:2+more+4]); err != nil {
-			return
-		}
-		size := int(head[1] & 0x7f)
-		if more > 0 {
-			size = int(binary.BigEndian.Uint64(append(make([]byte, 8-more), head[2:2+more]...)))
-		}
-		payload = slices.Grow(payload[:0], size)[:size]
-		if _, err := io.ReadFull(r, payload); err != nil {
-			return
-		}
+		payload = b
 		at := time.Now()
-		for i := range payload {
-			payload[i] ^= head[2+more+i&3]
-		}
 		for p := range slices.Chunk(payload, packetSize) {
-			if p := packet(p); head[0]&0xf == opBinary && p.stuffed() {
+			if p := packet(p); opcode == opBinary && p.stuffed() {
 				arrived(int(binary.BigEndian.Uint64(p[packetSize-8:])), at)
 			}
 		}
@@ -616,19 +553,17 @@ func BenchmarkMemory(b *testing.B) {
 	for _, scheme := range []string{"ws", "wss"} {
 		b.Run(scheme, func(b *testing.B) {
 			m := newComparison(b, 0, scheme)
-			v := m.relays[0]
-			resident := func() (pages int) {
-				text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", v.pid))
+			resident := func() int {
+				n, err := m.vw.rss()
 				if err != nil {
 					b.Fatal(err)
 				}
-				fmt.Sscan(string(text), new(int), &pages)
-				return pages * os.Getpagesize()
+				return n
 			}
-			post := newBenchPost(b, v.addr, 5_000, 40*time.Millisecond)
+			post := newBenchPost(b, m.vw.addr, 5_000, 40*time.Millisecond)
 			post.feed(b, 50, func(int) {})
 			before := resident()
-			benchRules(b, v.addr, n, scheme+"://"+m.addr)
+			benchRules(b, m.vw, "bench", n, scheme+"://"+m.addr)
 			for b.Loop() {
 				post.feed(b, 500, func(int) {})
 			}
@@ -642,9 +577,8 @@ func BenchmarkMemory(b *testing.B) {
 // goes to 16 destinations at 1 Mbit/s.
 func BenchmarkRules(b *testing.B) {
 	m := newComparison(b, 0, "ws")
-	addr := m.relays[0].addr
 	set := func(feeds string) {
-		r, err := http.Post("http://"+addr+"/api/streams", "", strings.NewReader(`{"stream":"stream/x","feeds":[`+feeds+`]}`))
+		r, err := http.Post(m.vw.url+"/api/streams", "", strings.NewReader(`{"stream":"stream/x","feeds":[`+feeds+`]}`))
 		if err != nil || r.StatusCode != http.StatusOK {
 			b.Fatal(err, r)
 		}
@@ -652,15 +586,8 @@ func BenchmarkRules(b *testing.B) {
 		r.Body.Close()
 	}
 	set(`"bench"`)
-	for i := range 16 {
-		rule := fmt.Sprintf(`{"id":%d,"stream":"stream/x","destination":"ws://%s/"}`, i, m.addr)
-		r, err := http.Post("http://"+addr+"/api/destinations", "", strings.NewReader(rule))
-		if err != nil || r.StatusCode != http.StatusOK {
-			b.Fatal(err, r)
-		}
-		r.Body.Close()
-	}
-	post := newBenchPost(b, addr, 5_000, 40*time.Millisecond)
+	benchRules(b, m.vw, "stream/x", 16, "ws://"+m.addr)
+	post := newBenchPost(b, m.vw.addr, 5_000, 40*time.Millisecond)
 	var feeding sync.WaitGroup
 	stop := make(chan struct{})
 	feeding.Go(func() {

@@ -64,8 +64,14 @@ func upgradeTo(conn net.Conn, request *http.Request) error {
 	return err
 }
 
-// readFrame reads one masked frame. RFC 6455 5.2.
+// readFrame reads one masked frame.
 func readFrame(r io.Reader) (opcode byte, payload []byte, err error) {
+	return readFrameInto(nil, r)
+}
+
+// readFrameInto reads one masked frame, into buf if that is large enough. RFC
+// 6455 5.2.
+func readFrameInto(buf []byte, r io.Reader) (opcode byte, payload []byte, err error) {
 	var h [14]byte
 	if _, err := io.ReadFull(r, h[:2]); err != nil {
 		return 0, nil, err
@@ -89,7 +95,7 @@ func readFrame(r io.Reader) (opcode byte, payload []byte, err error) {
 	case 8:
 		size = binary.BigEndian.Uint64(h[2:])
 	}
-	payload = make([]byte, size)
+	payload = slices.Grow(buf[:0], int(size))[:size]
 	if _, err := io.ReadFull(r, payload); err != nil {
 		return 0, nil, err
 	}
@@ -175,7 +181,7 @@ func silent(conn net.Conn) { io.Copy(io.Discard, conn) }
 
 // serveEach accepts on l, and serves each connection, until end is called or
 // the test ends.
-func serveEach(t *testing.T, l net.Listener, serve func(net.Conn)) (end func()) {
+func serveEach(t testing.TB, l net.Listener, serve func(net.Conn)) (end func()) {
 	var serving sync.WaitGroup
 	ctx, cancel := context.WithCancel(t.Context())
 	serving.Go(func() {
@@ -632,7 +638,7 @@ func startWith(t *testing.T, l net.Listener, name string, cmd *exec.Cmd) string 
 }
 
 // listenLoopback listens on a free port until the test ends.
-func listenLoopback(t *testing.T) net.Listener {
+func listenLoopback(t testing.TB) net.Listener {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

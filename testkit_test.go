@@ -262,7 +262,7 @@ type process struct {
 	err  error         // how, once done is closed
 }
 
-func start(t *testing.T, name string, cmd *exec.Cmd) *process {
+func start(t testing.TB, name string, cmd *exec.Cmd) *process {
 	t.Helper()
 	p := &process{name: name, cmd: cmd, done: make(chan struct{})}
 	cmd.Stdout, cmd.Stderr = &p.out, &p.out
@@ -283,7 +283,7 @@ func start(t *testing.T, name string, cmd *exec.Cmd) *process {
 	return p
 }
 
-func (p *process) signal(t *testing.T, s os.Signal) {
+func (p *process) signal(t testing.TB, s os.Signal) {
 	t.Helper()
 	if err := p.cmd.Process.Signal(s); err != nil && err != os.ErrProcessDone {
 		t.Errorf("signal %s: %v", p.name, err)
@@ -300,7 +300,7 @@ func (p *process) ended() bool {
 }
 
 // stop ends p and waits for it.
-func (p *process) stop(t *testing.T) {
+func (p *process) stop(t testing.TB) {
 	t.Helper()
 	p.signal(t, syscall.SIGTERM)
 	select {
@@ -312,7 +312,7 @@ func (p *process) stop(t *testing.T) {
 }
 
 // kill ends p at once.
-func (p *process) kill(t *testing.T) {
+func (p *process) kill(t testing.TB) {
 	t.Helper()
 	p.signal(t, syscall.SIGKILL)
 	<-p.done
@@ -333,7 +333,7 @@ func (p *process) endsItself(t *testing.T, within time.Duration) {
 
 // expect waits for p to print, after its first from bytes, what matches the
 // expression, and returns its groups.
-func (p *process) expect(t *testing.T, from int, within time.Duration, expr string) []string {
+func (p *process) expect(t testing.TB, from int, within time.Duration, expr string) []string {
 	t.Helper()
 	late := time.After(within)
 	for {
@@ -362,12 +362,12 @@ type vwProcess struct {
 
 // startVW starts the vw that is shipped, with nothing in its environment but
 // env and a free port.
-func startVW(t *testing.T, env ...string) *vwProcess {
+func startVW(t testing.TB, env ...string) *vwProcess {
 	t.Helper()
 	return startVWCommand(t, exec.Command(build(t, "linux/amd64"), "stream"), env...)
 }
 
-func startVWCommand(t *testing.T, cmd *exec.Cmd, env ...string) *vwProcess {
+func startVWCommand(t testing.TB, cmd *exec.Cmd, env ...string) *vwProcess {
 	t.Helper()
 	// One address only: of a port that is free on 127.0.0.1, ::1 may have a user.
 	cmd.Env = append(env, "VW_PORT=0", "VW_HOST=127.0.0.1")
@@ -384,7 +384,7 @@ func startVWCommand(t *testing.T, cmd *exec.Cmd, env ...string) *vwProcess {
 }
 
 // call asks the API and returns the body of the answer.
-func (v *vwProcess) call(t *testing.T, want int, method, path, body string) string {
+func (v *vwProcess) call(t testing.TB, want int, method, path, body string) string {
 	t.Helper()
 	r, err := http.NewRequest(method, v.url+path, strings.NewReader(body))
 	if err != nil {
