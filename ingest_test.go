@@ -79,7 +79,7 @@ func TestFramerChunks(t *testing.T) {
 					t.Fatalf("got %v, or not what was written", err)
 				}
 				for i, m := range all {
-					if m.size > maxFrame+2*readSize {
+					if m.size > maxChunk {
 						t.Errorf("message %d has %d bytes", i, m.size)
 					}
 					if wrong := m.info.start != (packet(m.payload()).unitStart()); wrong {
@@ -333,7 +333,7 @@ func FuzzFramer(f *testing.F) {
 			t.Fatalf("got %d bytes in one read, others in parts", len(joined(whole)))
 		}
 		for _, m := range whole {
-			if m.size == 0 || m.size%packetSize != 0 || m.size > maxFrame+2*readSize {
+			if m.size == 0 || m.size%packetSize != 0 || m.size > maxChunk {
 				t.Fatalf("got a message of %d bytes", m.size)
 			}
 			for b := m.payload(); len(b) > 0; b = b[packetSize:] {

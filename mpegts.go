@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -261,6 +262,7 @@ func mpegCodec(payload []byte) string {
 
 // program is one parsed program map. Immutable; two feeds never share one.
 type program struct {
+	number  uint16 // program_number
 	section []byte // as it came
 	tracks  []track
 }
@@ -277,87 +279,151 @@ func (g *program) find(pid uint16) *track {
 	return nil
 }
 
-// psi follows the program association and the map of the first program.
+// maxPrograms is how many programs of a feed are followed.
+const maxPrograms = 64
+
+// psi follows the program association and the program maps that it names.
 // Owned by one goroutine. ISO 13818-1 2.4.4.
 type psi struct {
-	number  uint16   // program_number
-	pmtPID  uint16   // 0 until a PAT was read
-	program *program // nil until its map was read
+	programs []programEntry // in the order of the program association
+	pat      sections
+	patLast  []byte // the last section of the PAT
+	patRaw   []byte // the packets that it came in
 
-	pat, pmt sections
+	maps  []sections  // one for each PID that carries program maps
+	index [8192]uint8 // by PID, one more than the index into maps; 0: no maps there
+}
+
+// programEntry is a program as the program association lists it.
+type programEntry struct {
+	number  uint16
+	pmtPID  uint16
+	section byte     // the section_number of the PAT that lists it
+	program *program // nil until its map was read
+	raw     []byte   // the packets of its last map, as they came
 }
 
 // add reads a packet of PSI and reports whether its PID carries any.
 func (s *psi) add(p packet) bool {
-	switch pid := p.pid(); {
-	case pid == patPID:
+	pid := p.pid()
+	if pid == patPID {
 		s.pat.add(p, s.association)
 		return true
-	case pid == s.pmtPID && pid != 0:
-		s.pmt.add(p, s.programMap)
-		return true
-	default:
-		return false
 	}
-}
-
-// raw returns the packets of the last PAT and PMT as they came, nil until
-// both are whole.
-func (s *psi) raw() []byte {
-	if s.pat.last == nil || s.pmt.last == nil {
-		return nil
-	}
-	return bytes.Join([][]byte{s.pat.last, s.pmt.last}, nil)
-}
-
-// association reads a section of the PAT. ISO 13818-1 2.4.4.3.
-func (s *psi) association(b []byte) bool {
-	if b[0] != 0x00 || len(b) < 12 || b[5]&1 == 0 {
-		return false
-	}
-	for e := b[8 : len(b)-4]; len(e) >= 4; e = e[4:] {
-		number := binary.BigEndian.Uint16(e)
-		if number == 0 {
-			continue // network_PID
-		}
-		s.number = number
-		pid := binary.BigEndian.Uint16(e[2:]) & 0x1fff
-		if pid != s.pmtPID && pid != patPID && pid != nullPID {
-			s.pmtPID, s.pmt = pid, sections{}
-		}
+	if i := s.index[pid]; i > 0 {
+		s.maps[i-1].add(p, s.programMap)
 		return true
 	}
 	return false
 }
 
-// programMap reads a section of the PMT. ISO 13818-1 2.4.4.8.
-func (s *psi) programMap(b []byte) bool {
-	if b[0] != 0x02 || len(b) < 16 || b[5]&1 == 0 || binary.BigEndian.Uint16(b[3:]) != s.number {
-		return false
+// raw returns the packets of the last PAT and PMTs as they came, nil until
+// there are both.
+func (s *psi) raw() []byte {
+	var maps, last []byte
+	for _, e := range s.programs {
+		if !bytes.Equal(e.raw, last) { // else two maps came in one packet
+			maps = append(maps, e.raw...)
+		}
+		last = e.raw
 	}
-	if s.program != nil && bytes.Equal(s.program.section, b) {
-		return true
+	if maps == nil {
+		return nil
 	}
-	b = bytes.Clone(b)
-	g := &program{section: b}
+	return bytes.Join([][]byte{s.patRaw, maps}, nil)
+}
+
+// association reads a section of the PAT. ISO 13818-1 2.4.4.3.
+func (s *psi) association(b, packets []byte) {
+	if b[0] != 0x00 || len(b) < 12 || b[5]&1 == 0 {
+		return
+	}
+	s.patRaw = bytes.Clone(packets)
+	if bytes.Equal(b, s.patLast) {
+		return
+	}
+	s.patLast = bytes.Clone(b)
+	section, last := b[6], b[7]
+	var entries []programEntry
+	for e := b[8 : len(b)-4]; len(e) >= 4; e = e[4:] {
+		number, pid := binary.BigEndian.Uint16(e), binary.BigEndian.Uint16(e[2:])&0x1fff
+		if number != 0 && pid != patPID && pid != nullPID { // 0: the network information
+			entries = append(entries, programEntry{number: number, pmtPID: pid, section: section})
+		}
+	}
+	for _, e := range s.programs {
+		i := slices.IndexFunc(entries, func(n programEntry) bool { return n.number == e.number && n.pmtPID == e.pmtPID })
+		if i >= 0 {
+			entries[i].program, entries[i].raw = e.program, e.raw
+		} else if e.section != section && e.section <= last {
+			entries = append(entries, e)
+		}
+	}
+	slices.SortStableFunc(entries, func(a, b programEntry) int { return int(a.section) - int(b.section) })
+	s.programs = entries[:min(len(entries), maxPrograms)]
+	s.findMaps()
+}
+
+// findMaps makes maps and index those of the programs.
+func (s *psi) findMaps() {
+	old, index := s.maps, s.index
+	s.maps, s.index = nil, [8192]uint8{}
+	for _, e := range s.programs {
+		if s.index[e.pmtPID] > 0 {
+			continue // two programs share the PID
+		}
+		m := sections{}
+		if i := index[e.pmtPID]; i > 0 {
+			m = old[i-1]
+		}
+		s.maps = append(s.maps, m)
+		s.index[e.pmtPID] = uint8(len(s.maps))
+	}
+}
+
+// programMap reads a section of a PMT. ISO 13818-1 2.4.4.8.
+func (s *psi) programMap(b, packets []byte) {
+	if b[0] != 0x02 || len(b) < 16 || b[5]&1 == 0 {
+		return
+	}
+	number := binary.BigEndian.Uint16(b[3:])
+	i := slices.IndexFunc(s.programs, func(e programEntry) bool { return e.number == number })
+	if i < 0 {
+		return
+	}
+	e := &s.programs[i]
+	if e.program == nil || !bytes.Equal(e.program.section, b) {
+		g := parseProgramMap(bytes.Clone(b))
+		if g == nil {
+			return
+		}
+		g.tracks = slices.DeleteFunc(g.tracks, func(t track) bool { return t.pid == patPID || t.pid == nullPID || t.pid == e.pmtPID })
+		e.program = g
+	}
+	e.raw = bytes.Clone(packets)
+}
+
+// parseProgramMap parses a section of a PMT, which the program keeps. It
+// returns nil if the lengths in it do not fit.
+func parseProgramMap(b []byte) *program {
+	g := &program{number: binary.BigEndian.Uint16(b[3:]), section: b}
 	end := len(b) - 4
 	at := 12 + int(binary.BigEndian.Uint16(b[10:])&0x0fff)
 	if at > end {
-		return false
+		return nil
 	}
 	for at+5 <= end {
 		info := at + 5 + int(binary.BigEndian.Uint16(b[at+3:])&0x0fff)
 		if info > end {
-			return false
+			return nil
 		}
 		t := track{binary.BigEndian.Uint16(b[at+1:]) & 0x1fff, b[at], b[at+5 : info]}
-		if t.pid != patPID && t.pid != nullPID && t.pid != s.pmtPID && g.find(t.pid) == nil {
+		if g.find(t.pid) == nil {
 			g.tracks = append(g.tracks, t)
 		}
 		at = info
 	}
-	s.program = g
-	return true
+	return g
 }
 
 // sections puts the sections of one PID together. ISO 13818-1 2.4.4.1.
@@ -365,15 +431,13 @@ type sections struct {
 	buf     []byte // the section that is not whole yet
 	packets []byte // the packets that it came in
 	cc      int    // continuity counter of the last of them
-	last    []byte // the packets of the last section that was taken, as they came
 }
 
 const maxSection = 1024 // bytes; section_length is at most 1021. ISO 13818-1 2.4.4.5
 
 // add takes one packet, and calls take with each whole section whose CRC is
-// right. The section is only valid during the call. take reports whether it
-// was the one looked for, whose packets are then kept in last.
-func (s *sections) add(p packet, take func([]byte) bool) {
+// right and the packets in which it came. Both are only valid during the call.
+func (s *sections) add(p packet, take func(section, packets []byte)) {
 	b := p.payload()
 	if len(b) == 0 || p.damaged() || p.scrambled() {
 		return
@@ -405,7 +469,7 @@ func (s *sections) add(p packet, take func([]byte) bool) {
 	}
 }
 
-func (s *sections) drain(take func([]byte) bool) {
+func (s *sections) drain(take func(section, packets []byte)) {
 	for len(s.buf) >= 3 && s.buf[0] != 0xff { // 0xff: stuffing to the end
 		n := 3 + int(binary.BigEndian.Uint16(s.buf[1:])&0x0fff)
 		if n > maxSection || n < 12 {
@@ -414,8 +478,8 @@ func (s *sections) drain(take func([]byte) bool) {
 		if len(s.buf) < n {
 			return
 		}
-		if crc32MPEG(s.buf[:n]) == 0 && take(s.buf[:n]) {
-			s.last = bytes.Clone(s.packets)
+		if crc32MPEG(s.buf[:n]) == 0 {
+			take(s.buf[:n], s.packets)
 		}
 		s.buf = s.buf[:copy(s.buf, s.buf[n:])]
 	}

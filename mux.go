@@ -301,7 +301,7 @@ func (f *feed) publish(pub *publisher, m *message, now ticks) {
 	offset, jumped, ready := f.clock.follow(m.payload(), m.info, now, m.first)
 	f.held = append(f.held, m)
 	f.heldBytes += m.size
-	if f.heldBytes > maxFrame && !ready { // as much as this is no start-up
+	if f.heldBytes > messageLimit && !ready { // as much as this is no start-up
 		offset, jumped = f.clock.hurry(m.info, now)
 		ready = true
 	}

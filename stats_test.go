@@ -47,7 +47,7 @@ func TestCodecs(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			f := newFramer(nil)
-			f.psi.program = &program{tracks: []track{tt.track}}
+			f.program = &program{tracks: []track{tt.track}}
 			f.state(tt.track.pid).codec = mpegCodec([]byte(tt.payload))
 			if got := f.tracks()[0].Codec; got != tt.want {
 				t.Errorf("got %q, want %q", got, tt.want)
