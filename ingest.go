@@ -36,29 +36,31 @@ const (
 )
 
 const (
-	blindAfter   = time.Second            // without a packet of the video, nothing waits for it
-	abandonAfter = time.Second            // without a packet of an open PES, nothing waits for its end
-	programQuiet = 3 * time.Second        // without a frame, another program may take the place of the one in force
-	programFirst = time.Second            // in which the first program that comes may give way to one listed before it
-	usualPause   = 500 * time.Millisecond // a longer one is part of a rhythm
-	maxPatience  = 30 * time.Second       // with a feed that has a rhythm
+	blindAfter    = time.Second            // without a packet of the video, nothing waits for it
+	abandonAfter  = time.Second            // without a packet of an open PES, nothing waits for its end
+	programQuiet  = 3 * time.Second        // without a frame, another program may take the place of the one in force
+	programFirst  = time.Second            // in which the first program that comes may give way to one listed before it
+	usualPause    = 500 * time.Millisecond // a longer one is part of a rhythm
+	silentAfter   = 2 * time.Second
+	firstPatience = 10 * time.Second // before the rhythm of a feed is known
+	maxPatience   = 30 * time.Second // with a feed that has a slow one
 )
 
 // chunkInfo is what the readers of a chunk need to know of it.
 type chunkInfo struct {
-	key      bool       // it begins with a keyframe
-	start    bool       // it begins with the start of a frame
-	anew     bool       // in a stream: it opened the gate of its feed there
-	hasVideo bool       // its feed has video
-	blind    bool       // and that has not come for blindAfter
-	lead     bool       // it begins with the feed's own PAT
-	frames   int        // that begin in it
-	pictures int        // frames of the video that begin in it
-	psi      []byte     // the feed's last PAT and PMT before its first frame, as they came; nil until known
-	program  *program   // in force for it; nil until known
-	sets     *insertion // parameter sets that its keyframe lacks; nil if none are known
-	lost     bool       // packets or frames before it were lost on the way in
-	marks    []mark     // in a stream: where its PIDs stood, if it can open a gate
+	key       bool       // it begins with a keyframe
+	start     bool       // it begins with the start of a frame
+	anew      bool       // in a stream: it opened the gate of its feed there
+	hasVideo  bool       // its feed has video
+	blind     bool       // and that has not come for blindAfter
+	soundOnly bool       // and none of it is in the chunk
+	lead      bool       // it begins with the feed's own PAT
+	frames    int        // that begin in it
+	psi       []byte     // the feed's last PAT and PMT before its first frame, as they came; nil until known
+	program   *program   // in force for it; nil until known
+	sets      *insertion // parameter sets that its keyframe lacks; nil if none are known
+	lost      bool       // packets or frames before it were lost on the way in
+	marks     []mark     // in a stream: where its PIDs stood, if it can open a gate
 }
 
 // frameStart describes the place where a chunk starts.
@@ -69,6 +71,16 @@ type frameStart struct {
 	psi     []byte
 	program *program
 	sets    *insertion
+}
+
+// feedHealth is what tells how a feed is.
+type feedHealth struct {
+	heard     rhythm // of anything at all
+	frames    rhythm // of the program in force
+	pictures  rhythm // of its video
+	program   uint16 // its program_number; 0: none is known
+	scrambled bool   // the last frame was
+	lacksSets bool   // the last keyframe lacked parameter sets
 }
 
 // frameCount counts the frames that begin in a chunk.
@@ -111,14 +123,12 @@ type framer struct {
 	whole, begun          frameCount // the frames in buf[base:done] and in buf[done:next]
 	nextPAT               bool       // a PAT is in buf[next:pos]
 	nextOther             bool       // packets of other programs are
-	nextData              bool       // data are that is in no PES
 
 	psi     psi
 	rawPSI  []byte   // psi.raw(), nil when it must be asked again
 	program *program // in force; nil until known
 	since   time.Duration
 	video   int // PID of the video; -1 without
-	rhythm  rhythm
 
 	openPIDs int
 	waits    int         // PES that began since a chunk could end
@@ -128,11 +138,10 @@ type framer struct {
 	look    look // at the video
 	looking bool // the video's open PES begins at done, and is not judged yet
 	access  bool // its random_access_indicator
-	lacks   bool // the last keyframe lacked parameter sets
+	health  feedHealth
 
 	locked, everLocked bool
 	lost               bool          // the next chunk comes after a loss
-	scrambled          bool          // the last frame was
 	at                 time.Time     // of the last read
 	now                time.Duration // the same, since the first
 	first              time.Time
@@ -177,6 +186,7 @@ func (f *framer) tick(at time.Time) {
 		f.first = at
 	}
 	f.at, f.now = at, at.Sub(f.first)
+	f.health.heard.add(at)
 	if len(f.psi.programs) > 1 {
 		f.choose()
 	}
@@ -255,7 +265,7 @@ func (f *framer) drop() {
 	f.base, f.done, f.next = f.pos, f.pos, f.pos
 	f.head, f.tail = frameStart{}, frameStart{}
 	f.whole, f.begun = frameCount{}, frameCount{}
-	f.nextPAT, f.nextOther, f.nextData = false, false, false
+	f.nextPAT, f.nextOther = false, false
 }
 
 // unlock gives up what is not whole: synchronisation is lost at pos.
@@ -352,7 +362,6 @@ func (f *framer) media(s *pidState, p packet, payload []byte) {
 		f.discard() // the end of something that began before the first bytes
 		return
 	case !s.es: // sections of a table that is not ours to know
-		f.nextData = true
 		f.pos += packetSize
 		return
 	case !s.open:
@@ -360,7 +369,7 @@ func (f *framer) media(s *pidState, p packet, payload []byte) {
 	}
 	f.pos += packetSize
 	f.next = f.pos
-	f.nextPAT, f.nextOther, f.nextData = false, false, false
+	f.nextPAT, f.nextOther = false, false
 	f.account(s, p, payload)
 }
 
@@ -408,13 +417,14 @@ func (f *framer) begin(s *pidState, p packet) {
 	f.begun.frames++
 	if isVideo {
 		f.begun.pictures++
+		f.health.pictures.add(f.at)
 		f.beginLook(p)
 	}
 	if isVideo || f.video < 0 {
 		f.counts.frames++
 	}
-	f.rhythm.add(f.at)
-	f.scrambled = p.scrambled()
+	f.health.frames.add(f.at)
+	f.health.scrambled = p.scrambled()
 	s.open = true
 	f.openPIDs++
 }
@@ -492,7 +502,7 @@ func (f *framer) cut(to int) {
 	f.whole.pictures += f.begun.pictures
 	f.begun = frameCount{}
 	if to == f.pos {
-		f.nextPAT, f.nextOther, f.nextData = false, false, false
+		f.nextPAT, f.nextOther = false, false
 	}
 }
 
@@ -519,7 +529,7 @@ func (f *framer) judge(v verdict) {
 	f.flush()
 	f.tail.key = true
 	if v == keyframe {
-		f.lacks = !f.look.complete()
+		f.health.lacksSets = !f.look.complete()
 		if b := f.look.sets.missing(); b != nil {
 			f.tail.sets = &insertion{pid: uint16(f.video), at: f.look.insert, bytes: b}
 		}
@@ -529,10 +539,11 @@ func (f *framer) judge(v verdict) {
 
 // passOthers lets packets go that belong to no frame of the program in force,
 // when no frame of it has its end yet to come: the choice of a program holds
-// nothing back. When no frames come at all, a reader may begin with them.
+// nothing back. When no frames come at all, everything goes, and a reader may
+// begin with it.
 func (f *framer) passOthers() {
 	idle := f.at.Sub(f.lastFrame()) > blindAfter
-	if !f.nextOther && !(f.nextData && idle) {
+	if f.pos == f.done || !f.nextOther && !idle {
 		return
 	}
 	if f.abandon(); f.openPIDs > 0 {
@@ -548,10 +559,10 @@ func (f *framer) passOthers() {
 // lastFrame returns when a frame of the program in force began, or when the
 // program was put in force.
 func (f *framer) lastFrame() time.Time {
-	if f.rhythm.last.IsZero() {
+	if f.health.frames.last.IsZero() {
 		return f.first.Add(f.since)
 	}
-	return f.rhythm.last
+	return f.health.frames.last
 }
 
 // choose puts the program in force that is there: of those whose video comes,
@@ -588,7 +599,7 @@ func (f *framer) choose() {
 func (f *framer) rank(g *program) int {
 	quiet := programQuiet
 	if g == f.program {
-		quiet = f.rhythm.patience(programQuiet)
+		quiet = f.health.frames.patience(programQuiet)
 	}
 	comes, video := false, false
 	for _, t := range g.tracks {
@@ -615,7 +626,8 @@ func (f *framer) enforce(g *program) {
 		f.judge(f.look.end())
 	}
 	if f.program, f.listed = g, nil; another {
-		f.since, f.rhythm = f.now, rhythm{}
+		f.since, f.health.frames, f.health.pictures, f.health.lacksSets = f.now, rhythm{}, rhythm{}, false
+		f.health.program = g.number
 	}
 	for i := range f.pids[1:] {
 		f.claim(&f.pids[i+1])
@@ -673,7 +685,8 @@ func (f *framer) flush() {
 	}
 	f.emit(newMessage(f.buf[f.base:f.done], f.at, chunkInfo{
 		key: f.head.key, start: f.head.begins, hasVideo: f.video >= 0, blind: f.blind(), lead: f.head.hasPAT,
-		frames: f.whole.frames, pictures: f.whole.pictures, psi: psi, program: program, sets: f.head.sets, lost: f.lost,
+		soundOnly: f.video >= 0 && f.head.begins && f.whole.pictures == 0,
+		frames:    f.whole.frames, psi: psi, program: program, sets: f.head.sets, lost: f.lost,
 	}))
 	f.lost = false
 	f.base, f.head, f.whole = f.done, f.tail, frameCount{}
@@ -720,8 +733,19 @@ func (r *rhythm) patience(least time.Duration) time.Duration {
 	return max(least, min(r.usual*5/2, maxPatience))
 }
 
-// isYoung reports whether too little has come to know a rhythm.
-func (r *rhythm) isYoung() bool { return r.usual == 0 && r.last.Sub(r.burst) < usualPause }
+// isSilent reports whether nothing has come for longer than is usual, by a
+// publisher that began at since. Before the second frame of a slow one its rhythm
+// is not known, so that waits longer.
+func (r *rhythm) isSilent(now, since time.Time) bool {
+	if r.last.IsZero() {
+		return now.Sub(since) > silentAfter
+	}
+	least := silentAfter
+	if r.usual == 0 && r.last.Sub(r.burst) < usualPause {
+		least = firstPatience
+	}
+	return now.Sub(r.last) > r.patience(least)
+}
 
 // publisher is one body or connection that feeds a feed.
 type publisher struct {

@@ -608,6 +608,117 @@ func appendMarks(b []byte, marks []mark) []byte {
 	return b
 }
 
+// insertion is what a decoder needs inside a PES to be able to begin there.
+type insertion struct {
+	pid   uint16
+	at    int // bytes of the PES before it
+	bytes []byte
+}
+
+// find returns the indices in packets of the one that starts the first PES on
+// the PID and of the one that the insertion goes into, and how many bytes of the
+// payload of the latter stay before it. ok is false if there is no such place.
+func (n *insertion) find(packets []byte) (first, at, before int, ok bool) {
+	first, before = -1, n.at
+	for ; at < len(packets); at += packetSize {
+		p := packet(packets[at : at+packetSize])
+		payload := p.payload()
+		if p.pid() != n.pid || payload == nil || first < 0 && !p.unitStart() {
+			continue
+		}
+		if first >= 0 && p.unitStart() {
+			break
+		}
+		if first < 0 {
+			if first = at; len(payload) < 6 { // lengthen has to know PES_packet_length
+				break
+			}
+		}
+		if before <= len(payload) {
+			return first, at, before, true
+		}
+		before -= len(payload)
+	}
+	return 0, 0, 0, false
+}
+
+// into returns a copy of packets with the insertion in the first PES that
+// begins on its PID, or nil if there is no place for it. The continuity counters
+// end as they did; that they begin elsewhere is announced.
+func (n *insertion) into(packets []byte) []byte {
+	first, at, before, ok := n.find(packets)
+	if !ok {
+		return nil
+	}
+	const room = packetSize - 4
+	split := packet(packets[at : at+packetSize])
+	payload := split.payload()
+	added := n.bytes
+	if len(added)%room == room-1 { // one byte cannot be filled but by stuffing
+		added = append(bytes.Clone(added), 0) // ISO 14496-10 B.1.1, ISO 13818-2 5.2.3
+	}
+	data := slices.Concat(payload[:before], added, payload[before:])
+	b := append(make([]byte, 0, len(packets)+len(added)+3*packetSize), packets[:first]...)
+	b = appendAdaptation(b, n.pid, 0, 0x80) // discontinuity_indicator
+	b = append(append(b, packets[first:at]...), split[:packetSize-len(payload)]...)
+	b = append(b, data[:len(payload)]...)
+	for data = data[len(payload):]; len(data) > 0; data = data[min(room, len(data)):] {
+		b = append(b, syncByte, split[1]&^0x40, split[2], 0x10)
+		b = appendFilled(b, data[:min(room, len(data))], room)
+	}
+	renumber(b, n.pid, split.continuity())
+	for i := first; ; i += packetSize {
+		if p := packet(b[i : i+packetSize]); p.pid() == n.pid && p.unitStart() {
+			lengthen(p.payload(), len(added))
+			return append(b, packets[at+packetSize:]...)
+		}
+	}
+}
+
+// appendFilled appends the payload of a packet whose header is at the end of b.
+// What is left of room goes to an adaptation field that holds private data:
+// stuffing would say that the PES ends here. ISO 13818-1 2.4.3.4.
+func appendFilled(b, payload []byte, room int) []byte {
+	if fill := room - len(payload); fill > 0 {
+		b[len(b)-1] |= 0x20 // adaptation_field_control
+		b = append(b, byte(fill-1))
+		if fill == 2 {
+			b = append(b, 0)
+		} else if fill > 2 {
+			b = append(b, 0x02, byte(fill-3)) // transport_private_data_flag
+			b = append(b, bytes.Repeat([]byte{0xff}, fill-3)...)
+		}
+	}
+	return append(b, payload...)
+}
+
+// renumber makes cc the continuity counter of the last packet of a PID, and
+// makes those before it go up to it. ISO 13818-1 2.4.3.3.
+func renumber(packets []byte, pid uint16, cc int) {
+	for at := len(packets) - packetSize; at >= 0; at -= packetSize {
+		p := packet(packets[at : at+packetSize])
+		if p.pid() != pid {
+			continue
+		}
+		p[3] = p[3]&0xf0 | byte(cc&0x0f)
+		if p[3]&0x10 != 0 { // it has a payload
+			cc--
+		}
+	}
+}
+
+// lengthen adds to the PES_packet_length, if there is one. ISO 13818-1 2.4.3.7.
+func lengthen(pes []byte, by int) {
+	size := int(binary.BigEndian.Uint16(pes[4:]))
+	if size == 0 {
+		return
+	}
+	if size += by; size > 0xffff {
+		size = 0 // which video may have
+	}
+	binary.BigEndian.PutUint16(pes[4:], uint16(size))
+}
+
 // clearPCR takes PCR and OPCR out of the adaptation field.
 func clearPCR(p packet) {
 	a := p.adaptation()

@@ -41,6 +41,10 @@ func (x *mux) publish(name string, p *publisher, r io.Reader) error {
 	var f *feed
 	full := false
 	fr := newFramer(func(m *message) {
+		if f == nil && m.info.frames == 0 && x.isPublished(name) {
+			m.release() // it takes over with a frame
+			return
+		}
 		if f == nil && !full { // it has shown that it is MPEG-TS: now it may take over
 			f = x.attach(name, p)
 			m.first = true
@@ -77,6 +81,19 @@ func (x *mux) publish(name string, p *publisher, r io.Reader) error {
 			return err
 		}
 	}
+}
+
+// isPublished reports whether a feed has a publisher.
+func (x *mux) isPublished(name string) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	f := x.feeds[name]
+	if f == nil {
+		return false
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.pub != nil
 }
 
 // attach makes pub the publisher of a feed, and tells the one before it to end.
@@ -368,7 +385,10 @@ func (f *feed) account(pub *publisher, fr *framer) {
 	g.meter.add(g.sample(fr.at))
 	g.total.add(n)
 	g.tracks, g.video = fr.tracks(), fr.video >= 0
-	g.came = fr.at
+	if fr.health.lacksSets && !g.health.lacksSets {
+		g.setless = fr.at
+	}
+	g.health = fr.health
 	if n.keyframes > 0 {
 		g.keyframe = fr.at
 	}
@@ -377,24 +397,36 @@ func (f *feed) account(pub *publisher, fr *framer) {
 	}
 }
 
-// state returns the state of f in a word, and since when it has been that; mu is
+// state returns the state of f in words, and since when it has been that; mu is
 // held.
 func (f *feed) state(now time.Time) (string, time.Time) {
-	g := &f.figures
-	switch {
-	case f.pub == nil:
+	g, h := &f.figures, &f.figures.health
+	if f.pub == nil {
 		return "absent", g.left
-	case now.Sub(g.came) > silentAfter:
-		return "silent", g.came
+	}
+	began := func(t time.Time) time.Time { // t, unless that was of an older publisher
+		if t.Before(f.pub.since) {
+			return f.pub.since
+		}
+		return t
+	}
+	switch {
+	case h.heard.isSilent(now, f.pub.since):
+		return "silent", h.heard.last
 	case now.Sub(g.damage) < damagedFor:
 		return "damaged", g.damage
-	}
-	keyless := g.keyframe
-	if keyless.Before(f.pub.since) {
-		keyless = f.pub.since
-	}
-	if g.video && now.Sub(keyless) > keylessFor {
-		return "no keyframe", keyless
+	case h.frames.isSilent(now, f.pub.since) && h.program == 0:
+		return "no program map", began(h.frames.last)
+	case h.frames.isSilent(now, f.pub.since):
+		return fmt.Sprintf("program %d is off air", h.program), began(h.frames.last)
+	case h.scrambled:
+		return "scrambled", f.pub.since
+	case g.video && h.pictures.isSilent(now, f.pub.since):
+		return "no video", began(h.pictures.last)
+	case g.video && now.Sub(began(g.keyframe)) > keylessFor:
+		return "no keyframe", began(g.keyframe)
+	case h.lacksSets:
+		return "no parameter sets", began(g.setless)
 	}
 	return "live", f.pub.since
 }
@@ -453,14 +485,13 @@ func (st *stream) publish(m *message, at time.Time, now, offset ticks, jumped bo
 		src.gate = gate{since: m.at}
 	}
 	opens := src.gate.opens(m)
-	if !src.gate.open && !opens {
+	passes, anew := src.gate.pass(m)
+	if !passes {
 		return
 	}
-	if !src.gate.open || jumped || m.info.lost {
+	if anew || jumped || m.info.lost {
 		src.renew()
 	}
-	anew := !src.gate.open
-	src.gate.open = true
 	if st.remux.follow(src, m.info.program) || m.info.key || now-st.remux.sent >= psiEvery {
 		st.sendPSI(at, now)
 	}
@@ -472,6 +503,7 @@ func (st *stream) publish(m *message, at time.Time, now, offset ticks, jumped bo
 	if b := st.remux.remux(src, m.payload(), offset); len(b) > 0 {
 		out := newMessage(b, m.at, info)
 		out.feed = m.feed
+		out.opening = src.opening(out)
 		st.offer(out)
 		out.release()
 	}
@@ -551,8 +583,10 @@ type feedFigures struct {
 	tracks []trackStats // immutable
 	video  bool
 
-	came, keyframe, damage time.Time // the last of each
-	left                   time.Time // when the last publisher did
+	health           feedHealth
+	keyframe, damage time.Time // the last of each
+	setless          time.Time // when keyframes began to lack parameter sets
+	left             time.Time // when the last publisher did
 }
 
 func (g *feedFigures) sample(at time.Time) sample {
@@ -560,7 +594,7 @@ func (g *feedFigures) sample(at time.Time) sample {
 }
 
 type feedStats struct {
-	State            string          `json:"state"` // live, silent, no keyframe, damaged, absent
+	State            string          `json:"state"` // live, or what is wrong, in words
 	Since            *time.Time      `json:"since,omitempty"`
 	Publisher        *publisherStats `json:"publisher"`
 	Bytes            uint64          `json:"bytes"`
@@ -591,9 +625,8 @@ type streamStats struct {
 }
 
 const (
-	silentAfter = 2 * time.Second
-	damagedFor  = 5 * time.Second
-	keylessFor  = 10 * time.Second
+	damagedFor = 5 * time.Second
+	keylessFor = 10 * time.Second
 )
 
 // sample is where counters stood at a time.

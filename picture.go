@@ -39,13 +39,6 @@ func (t track) syntax() syntax {
 	return unreadSyntax
 }
 
-// insertion is what must be put into a PES so that a decoder can begin there.
-type insertion struct {
-	pid   uint16
-	at    int // bytes of the PES before it
-	bytes []byte
-}
-
 // verdict is what a look has found.
 type verdict int
 

@@ -38,6 +38,8 @@ type message struct {
 	once   sync.Once
 	masked []byte
 
+	opening *message // what a reader gets that begins with m, if m lacks something; may be nil
+
 	holders atomic.Int32
 }
 
@@ -53,7 +55,14 @@ func newMessage(payload []byte, at time.Time, info chunkInfo) *message {
 
 // release ends one hold of m, which the caller may not use any more.
 func (m *message) release() {
-	if m.holders.Add(-1) == 0 && m.size <= maxSpare {
+	if m.holders.Add(-1) > 0 {
+		return
+	}
+	if m.opening != nil {
+		m.opening.release()
+		m.opening = nil
+	}
+	if m.size <= maxSpare {
 		spare.Put(m)
 	}
 }
@@ -83,6 +92,14 @@ func (m *message) wireSize(f form) int {
 		return len(m.frame)
 	}
 	return len(m.frame) + 4
+}
+
+// asOpening returns what a reader gets that begins with m.
+func (m *message) asOpening() *message {
+	if m.opening != nil {
+		return m.opening
+	}
+	return m
 }
 
 // preface returns the packets to send before m when a gate opens: the PSI of a
@@ -216,18 +233,19 @@ func (s *subscriber) offer(m *message) {
 		return
 	}
 	s.counters.published++
-	if !s.pass(m) {
+	passed := s.pass(m)
+	if passed == nil {
 		s.counters.dropped[dropGate]++
 		return
 	}
-	s.push(m)
+	s.push(passed)
 	s.trim(m.at)
 	s.wake()
 }
 
-// pass reports whether m may be queued, opening or closing its feed's gate.
-// When it opens the gate, it queues the preface of m.
-func (s *subscriber) pass(m *message) bool {
+// pass returns the message to queue for m, or nil if its feed's gate is closed
+// to it. When m opens the gate, the preface of m is queued.
+func (s *subscriber) pass(m *message) *message {
 	g, again := s.gates[m.feed], true
 	if g == nil {
 		g, again = &gate{since: m.at}, false
@@ -236,15 +254,19 @@ func (s *subscriber) pass(m *message) bool {
 	if m.first && g.open {
 		*g = gate{since: m.at}
 	}
-	if !g.open && g.opens(m) {
-		g.open = true
-		if p := m.preface(again); p != nil {
-			s.counters.published++
-			s.push(p)
-			p.release()
-		}
+	passes, opens := g.pass(m)
+	switch {
+	case !passes:
+		return nil
+	case !opens:
+		return m
 	}
-	return g.open
+	if p := m.preface(again); p != nil {
+		s.counters.published++
+		s.push(p)
+		p.release()
+	}
+	return m.asOpening()
 }
 
 // push queues m, and holds it until it is delivered or dropped.
@@ -317,6 +339,15 @@ func (s *subscriber) trim(now time.Time) {
 					s.bytes += p.size
 					rest = append(rest, item{message: p})
 				}
+				if open := s.gates[it.feed]; open != nil {
+					open.blind = it.info.hasVideo && it.info.blind
+				}
+				if m := it.asOpening(); m != it.message {
+					s.bytes += m.size - it.size
+					m.holders.Add(1)
+					it.release()
+					it.message = m
+				}
 			}
 			rest = append(rest, it)
 			continue
@@ -381,7 +412,7 @@ func (s *subscriber) wrote(n int) progress {
 		s.counters.delivered++
 		s.counters.bytes += uint64(it.size)
 		s.counters.frames += uint64(it.info.frames)
-		if s.onLive != nil && it.feed != "" && (it.info.key || it.info.start && !it.info.hasVideo) {
+		if s.onLive != nil && it.feed != "" && (it.info.key || it.info.start && (!it.info.hasVideo || it.info.blind)) {
 			if delete(s.expected, it.feed); len(s.expected) == 0 {
 				s.onLive()
 			}
@@ -521,12 +552,38 @@ type item struct {
 // gate is whether messages of one feed pass to one reader (I5).
 type gate struct {
 	open  bool
-	since time.Time // when it closed
+	blind bool      // open, but only to sound: the video did not come
+	since time.Time // when it closed, or since when the video comes again
+}
+
+// pass reports whether m passes, and whether it is the first after a gap. A gate
+// that opened without video passes that from its next keyframe on.
+func (g *gate) pass(m *message) (passes, opens bool) {
+	switch {
+	case g.open && !g.blind:
+		return true, false
+	case g.open && (m.info.blind || m.info.soundOnly):
+		if m.info.blind {
+			g.since = m.at
+		}
+		return true, false
+	case !g.opens(m):
+		return false, false
+	}
+	g.open, g.blind = true, m.info.hasVideo && m.info.blind
+	return true, true
 }
 
 // opens reports whether m may be the first of its feed after a gap.
 func (g *gate) opens(m *message) bool {
-	return m.info.key || m.info.anew || m.info.start && (!m.info.hasVideo || m.at.Sub(g.since) > noKeyframe)
+	switch i := &m.info; {
+	case i.key || i.anew:
+		return true
+	case !i.hasVideo || i.blind:
+		return i.start
+	default:
+		return i.start && !i.soundOnly && m.at.Sub(g.since) > noKeyframe
+	}
 }
 
 // progress is the state of a queue after a write.

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"crypto/rand"
+	"slices"
 	"testing"
 	"time"
 )
@@ -223,6 +224,116 @@ func TestForms(t *testing.T) {
 			if !bytes.Equal(b[len(b)-n:], payload) {
 				t.Errorf("%d bytes: form %d has another payload", n, f)
 			}
+		}
+	}
+}
+
+// TestBlindGate holds I5: sound does not wait for a picture that does not come,
+// and a picture that comes later passes from its own keyframe.
+func TestBlindGate(t *testing.T) {
+	start := time.Now()
+	sound := chunkInfo{start: true, hasVideo: true, soundOnly: true, lead: true}
+	blind := sound
+	blind.blind = true
+	picture := chunkInfo{start: true, hasVideo: true, lead: true}
+	key := picture
+	key.key = true
+	part := chunkInfo{hasVideo: true, blind: true, lead: true} // not the start of a frame
+	for _, tt := range []struct {
+		name string
+		in   []chunkInfo
+		want string // + for each that passes, - for each that does not
+	}{
+		{"a picture that comes", []chunkInfo{sound, picture, sound, key, picture, sound}, "---+++"},
+		{"a picture that does not come", []chunkInfo{sound, sound, blind, sound, blind}, "--+++"},
+		{"not inside a frame", []chunkInfo{part, blind, part}, "-++"},
+		{"a picture that comes late", []chunkInfo{blind, sound, picture, sound, picture, key, picture}, "++-+-++"},
+		{"a picture that goes and comes back", []chunkInfo{key, picture, blind, sound, picture}, "+++++"},
+		{"no video at all", []chunkInfo{{start: true}}, "+"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newSubscriber(raw, time.Minute, nil)
+			got := ""
+			for i, info := range tt.in {
+				m := newMessage(make([]byte, packetSize), start.Add(time.Duration(i)*100*time.Millisecond), info)
+				m.feed = "video0"
+				before := s.counters.dropped[dropGate]
+				s.offer(m)
+				got += map[bool]string{true: "+", false: "-"}[s.counters.dropped[dropGate] == before]
+			}
+			if got != tt.want {
+				t.Errorf("got %s, want %s", got, tt.want)
+			}
+		})
+	}
+	t.Run("without a keyframe for 5 s", func(t *testing.T) {
+		s := newSubscriber(raw, time.Minute, nil)
+		for i := range 120 {
+			info := picture
+			if i%2 == 1 {
+				info = sound
+			}
+			m := newMessage(make([]byte, packetSize), start.Add(time.Duration(i)*50*time.Millisecond), info)
+			m.feed = "video0"
+			passed := s.counters.dropped[dropGate]
+			s.offer(m)
+			if opened := s.counters.dropped[dropGate] == passed; opened {
+				if i != 102 {
+					t.Errorf("message %d passes first, want 102: the first with a picture after 5 s", i)
+				}
+				break
+			}
+		}
+	})
+}
+
+// TestOpeningMessage: the reader that begins with a message gets what a decoder
+// needs there, also after an overflow; the others get the message as it is.
+func TestOpeningMessage(t *testing.T) {
+	start := time.Now()
+	makeMessage := func(at time.Duration, key bool) *message {
+		m := newMessage([]byte("as it is"), start.Add(at), chunkInfo{key: key, start: true, hasVideo: true, lead: true})
+		m.feed = "video0"
+		if key {
+			m.opening = newMessage([]byte("with parameter sets"), m.at, m.info)
+			m.opening.feed = m.feed
+		}
+		return m
+	}
+	read := func(s *subscriber, at time.Duration) (got []string) {
+		n := 0
+		for _, b := range s.take(nil, 1<<20, false, start.Add(at)) {
+			got = append(got, string(b))
+			n += len(b)
+		}
+		s.wrote(n)
+		return got
+	}
+	early, late := newSubscriber(raw, time.Second, nil), newSubscriber(raw, time.Second, nil)
+	offer := func(m *message, to ...*subscriber) {
+		for _, s := range to {
+			s.offer(m)
+		}
+		m.release()
+	}
+	offer(makeMessage(0, true), early)
+	offer(makeMessage(100*time.Millisecond, false), early, late)
+	offer(makeMessage(200*time.Millisecond, true), early, late)
+	if got, want := read(early, 300*time.Millisecond), []string{"with parameter sets", "as it is", "as it is"}; !slices.Equal(got, want) {
+		t.Errorf("early: got %q, want %q", got, want)
+	}
+	if got, want := read(late, 300*time.Millisecond), []string{"with parameter sets"}; !slices.Equal(got, want) {
+		t.Errorf("late: got %q, want %q", got, want)
+	}
+	offer(makeMessage(400*time.Millisecond, false), early)
+	offer(makeMessage(500*time.Millisecond, true), early)
+	offer(makeMessage(600*time.Millisecond, false), early)
+	if got, want := read(early, 1450*time.Millisecond), []string{"with parameter sets", "as it is"}; !slices.Equal(got, want) {
+		t.Errorf("after an overflow: got %q, want %q", got, want)
+	}
+	for name, s := range map[string]*subscriber{"early": early, "late": late} {
+		if s.bytes != 0 || len(s.items) != 0 {
+			t.Errorf("%s: got %d bytes in %d items left, want none", name, s.bytes, len(s.items))
 		}
 	}
 }

@@ -211,6 +211,26 @@ func (x *remuxer) marks(s *source) []mark {
 // psiMarks tells where the PIDs of PAT and PMT stand.
 func (x *remuxer) psiMarks() []mark { return []mark{{patPID, x.patCC}, {outPMT, x.pmtCC}} }
 
+// opening returns m with the parameter sets that its keyframe lacks, or nil if
+// it lacks none.
+func (s *source) opening(m *message) *message {
+	sets := m.info.sets
+	if sets == nil {
+		return nil
+	}
+	i := slices.IndexFunc(s.tracks, func(t *outTrack) bool { return t.pid == sets.pid })
+	if i < 0 {
+		return nil
+	}
+	b := (&insertion{s.tracks[i].out, sets.at, sets.bytes}).into(m.payload())
+	if b == nil {
+		return nil
+	}
+	o := newMessage(b, m.at, m.info)
+	o.feed = m.feed
+	return o
+}
+
 // renew makes the next packets of s begin anew.
 func (s *source) renew() {
 	for _, t := range s.tracks {
