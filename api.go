@@ -42,7 +42,7 @@ type server struct {
 }
 
 func newServer(ctx context.Context, r *rules, token string, log *slog.Logger) *server {
-	d := newDoor(token, slices.Collect(maps.Keys(pageTypes))...)
+	d := newDoor(token, log, slices.Collect(maps.Keys(pageTypes))...)
 	s := &server{
 		ctx:      ctx,
 		commands: &commands{rules: r, started: time.Now()},
@@ -102,7 +102,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.tasks.Add(1)
 	defer s.tasks.Done()
 	if err := s.door.admit(r); err != nil {
-		s.log.Debug("not admitted", "remote", r.RemoteAddr, "err", err) // anybody can cause it, as often as he likes
+		s.log.Debug("not admitted", "remote", r.RemoteAddr, "err", err) // Debug, since any caller can trigger this at will
 		refuse(w, r, err)
 		return
 	}

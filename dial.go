@@ -303,13 +303,7 @@ func readAnswer(r io.Reader, ask *http.Request) (*http.Response, error) {
 }
 
 // hostPort is where u is dialled.
-func hostPort(u *url.URL) string {
-	port := u.Port()
-	if port == "" {
-		port = map[string]string{"ws": "80", "http": "80", "wss": "443", "https": "443"}[u.Scheme]
-	}
-	return net.JoinHostPort(u.Hostname(), port)
-}
+func hostPort(u *url.URL) string { return net.JoinHostPort(u.Hostname(), portOf(u)) }
 
 // tlsConfig is that of a client of host; nil roots are the system's.
 func tlsConfig(host string, roots *x509.CertPool) *tls.Config {

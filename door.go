@@ -22,12 +22,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -51,24 +53,30 @@ const (
 )
 
 // door decides about requests and knows the connections. Its methods may be
-// called from several goroutines and do not block.
+// called from several goroutines. They do not block, but for callers who
+// present wrong tokens.
 type door struct {
 	// static after construction
 	token  string   // what peers that are not loopback present; "": none may
 	public []string // paths that need no token
 	host   string   // this machine's name
 	cross  *http.CrossOriginProtection
+	log    *slog.Logger
 
 	readers atomic.Int64
+	guesses guesses
 
 	mu      sync.Mutex
 	callers list.List // of net.Conn; the next to make room is in front
 	at      map[net.Conn]*list.Element
 }
 
-// newDoor returns a door that lets everybody who may ask at all see the public paths.
-func newDoor(token string, public ...string) *door {
-	d := &door{token: token, public: public, cross: http.NewCrossOriginProtection(), at: make(map[net.Conn]*list.Element)}
+// newDoor returns a door that asks nobody for a token on the public paths.
+func newDoor(token string, log *slog.Logger, public ...string) *door {
+	d := &door{
+		token: token, public: public, cross: http.NewCrossOriginProtection(), log: log,
+		at: make(map[net.Conn]*list.Element), guesses: guesses{by: make(map[netip.Prefix]*guesser)},
+	}
 	d.host, _ = os.Hostname()
 	return d
 }
@@ -161,25 +169,68 @@ func (d *door) admit(r *http.Request) error {
 		return httpError{http.StatusForbidden, err.Error()}
 	}
 	if fromLoopback(r) {
-		host := r.Host
-		if h, _, err := net.SplitHostPort(host); err == nil {
-			host = h
-		}
-		host = strings.Trim(host, "[]")
-		if net.ParseIP(host) == nil && !strings.EqualFold(host, "localhost") && !strings.EqualFold(host, d.host) {
-			return httpError{http.StatusForbidden, fmt.Sprintf("host %.100q: neither an address, localhost nor %q (DNS rebinding)", r.Host, d.host)}
-		}
-		return nil
+		return d.checkHost(r.Host)
 	}
 	if d.token == "" {
 		return httpError{http.StatusForbidden, fmt.Sprintf("remote %s: only this machine may ask, and not through a proxy, unless VW_TOKEN is set", r.RemoteAddr)}
 	}
-	given, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
-	if !ok {
-		_, given, _ = r.BasicAuth()
+	if slices.Contains(d.public, r.URL.Path) || d.signedIn(r) {
+		return nil
 	}
-	if !slices.Contains(d.public, r.URL.Path) && !d.isToken(given) && !d.signedIn(r) {
-		return httpError{http.StatusUnauthorized, "VW_TOKEN must be presented: Authorization: Bearer, or Basic with it as the password"}
+	if token := presented(r); token != "" {
+		return d.checkToken(r, token)
+	}
+	return httpError{http.StatusUnauthorized, "VW_TOKEN must be presented: Authorization: Bearer, or Basic with it as the password"}
+}
+
+// checkHost refuses names that somebody else may have given to this machine: a
+// page under such a name would be of the same origin as what it asks.
+func (d *door) checkHost(asked string) error {
+	host := asked
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	host = strings.Trim(host, "[]")
+	for _, own := range []string{"localhost", d.host, d.host + ".local"} {
+		if strings.EqualFold(host, own) {
+			return nil
+		}
+	}
+	if net.ParseIP(host) == nil {
+		return httpError{http.StatusForbidden, fmt.Sprintf("host %.100q: neither an address, localhost nor %q (DNS rebinding)", asked, d.host)}
+	}
+	return nil
+}
+
+// presented returns the token that r presents, or "". RFC 6750 2.1, RFC 7617
+func presented(r *http.Request) string {
+	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	if strings.EqualFold(scheme, "Bearer") {
+		return strings.TrimSpace(token)
+	}
+	_, password, _ := r.BasicAuth()
+	return password
+}
+
+// checkToken refuses a token that is not VW_TOKEN. A caller who has presented
+// several wrong ones waits for the answer.
+func (d *door) checkToken(r *http.Request, token string) error {
+	right := d.isToken(token)
+	decision := d.guesses.judge(callerOf(r), right, time.Now())
+	if decision.first {
+		d.log.Warn("a wrong token was presented; more of them are not logged", "remote", r.RemoteAddr)
+	}
+	told := time.NewTimer(decision.wait)
+	defer told.Stop()
+	select {
+	case <-told.C:
+	case <-r.Context().Done():
+	}
+	switch {
+	case decision.refused:
+		return httpError{http.StatusTooManyRequests, "too many wrong tokens came from your address; try again in a few seconds"}
+	case !right:
+		return httpError{http.StatusUnauthorized, "this is not the value of VW_TOKEN"}
 	}
 	return nil
 }
@@ -224,8 +275,11 @@ func (d *door) signedIn(r *http.Request) bool {
 
 // signIn returns the cookie for the token.
 func (d *door) signIn(r *http.Request, token string) (*http.Cookie, error) {
-	if d.token == "" || !d.isToken(token) {
-		return nil, httpError{http.StatusUnauthorized, "this is not the value of VW_TOKEN"}
+	if d.token == "" {
+		return nil, httpError{http.StatusUnauthorized, "VW_TOKEN is not set, so there is nothing to sign in with"}
+	}
+	if err := d.checkToken(r, token); err != nil {
+		return nil, err
 	}
 	return &http.Cookie{
 		Name: cookieName, Value: d.session(), Path: "/", MaxAge: int(cookieAge.Seconds()),
@@ -252,6 +306,98 @@ func checkUpgrade(r *http.Request) error {
 		return invalid("Sec-WebSocket-Key is missing")
 	}
 	return nil
+}
+
+const (
+	freeGuesses  = 5                      // wrong tokens that cost a caller nothing
+	guessEvery   = 250 * time.Millisecond // after those, a token is looked at this often
+	maxGuessWait = 5 * time.Second        // for a caller's turn; who would wait longer is refused
+	guessEpisode = time.Minute            // without a wrong token, and a caller is forgotten
+	maxGuessers  = 1024
+)
+
+// guesses slows down who tries tokens. All that a caller presents waits for its
+// turn, the right one, too: else an answer that comes at once would tell.
+type guesses struct {
+	mu sync.Mutex
+	by map[netip.Prefix]*guesser
+}
+
+// guesser is a caller who has presented wrong tokens.
+type guesser struct {
+	wrong int       // in this episode
+	last  time.Time // when the last was
+	next  time.Time // whose turn is given away up to here
+}
+
+// callerOf returns the network that a caller has to himself: an address, or
+// with IPv6 64 bits of one.
+func callerOf(r *http.Request) netip.Prefix {
+	peer, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return netip.Prefix{}
+	}
+	addr := peer.Addr().Unmap().WithZone("")
+	bits := min(64, addr.BitLen())
+	prefix, _ := addr.Prefix(bits)
+	return prefix
+}
+
+// decision is how a caller who presents a token is answered.
+type decision struct {
+	wait    time.Duration // before the answer
+	refused bool          // whatever the token is
+	first   bool          // wrong token of an episode
+}
+
+// judge counts a token that is wrong.
+func (g *guesses) judge(from netip.Prefix, right bool, now time.Time) (v decision) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	who := g.by[from]
+	if who != nil && now.Sub(who.last) > guessEpisode {
+		delete(g.by, from)
+		who = nil
+	}
+	if who != nil && who.wrong >= freeGuesses {
+		if who.next.Before(now) {
+			who.next = now
+		}
+		if v.wait = who.next.Sub(now); v.wait > maxGuessWait {
+			return decision{wait: time.Second, refused: true}
+		}
+		who.next = who.next.Add(guessEvery)
+		v.wait += guessEvery
+	}
+	if right {
+		return v
+	}
+	if who == nil {
+		if len(g.by) >= maxGuessers {
+			g.forget(now)
+		}
+		who, v.first = &guesser{}, true
+		g.by[from] = who
+	}
+	who.wrong++
+	who.last = now
+	return v
+}
+
+// forget makes room: whose episode is over is forgotten, or else who guessed
+// longest ago; mu is held.
+func (g *guesses) forget(now time.Time) {
+	oldest := netip.Prefix{}
+	for from, who := range g.by {
+		if now.Sub(who.last) > guessEpisode {
+			delete(g.by, from)
+		} else if o := g.by[oldest]; o == nil || who.last.Before(o.last) {
+			oldest = from
+		}
+	}
+	if len(g.by) >= maxGuessers {
+		delete(g.by, oldest)
+	}
 }
 
 // httpError is an error with its status.
@@ -284,6 +430,9 @@ func refuse(w http.ResponseWriter, r *http.Request, err error) {
 		status = http.StatusUnsupportedMediaType
 	case errors.Is(err, errShutdown), errors.Is(err, errFull):
 		status = http.StatusServiceUnavailable
+	}
+	if status == http.StatusTooManyRequests {
+		w.Header().Set("Retry-After", strconv.Itoa(int(maxGuessWait.Seconds())))
 	}
 	if status == http.StatusUnauthorized {
 		// RFC 9110 15.5.2 wants one. ffmpeg waits for Basic on /ts; elsewhere a

@@ -122,7 +122,7 @@ func (r destinationRule) cleanSecrets(u *url.URL) error {
 	}
 	switch {
 	case unknown:
-		return invalid("destination %.100q: %s stands for what is stored for this host, and nothing is", withoutSecrets(r.Destination), hidden)
+		return invalid("destination %.100q: %s keeps a secret that is stored for the same host, port and path, and none is: give the token, the headers and the password anew", withoutSecrets(r.Destination), hidden)
 	case len(r.Token) > maxToken || !isVisible(r.Token) || strings.ContainsAny(r.Token, `"\`):
 		return invalid(`token: it must be at most %d visible ASCII characters, without " and \`, maxToken)
 	case access && r.Token == "":
@@ -133,13 +133,12 @@ func (r destinationRule) cleanSecrets(u *url.URL) error {
 	return nil
 }
 
-// keep returns r with the secrets of old in the place of ***, unless they
-// would go to another host, or over TLS no more: who may set rules is not
-// thereby told what is stored.
+// keep returns r with the secrets of old in the place of ***, if they go where
+// they have gone: who may set rules is not thereby told what is stored.
 func (r destinationRule) keep(old destinationRule) destinationRule {
 	to, err1 := url.Parse(r.Destination)
 	from, err2 := url.Parse(old.Destination)
-	if err1 != nil || err2 != nil || to.Hostname() != from.Hostname() || strings.HasSuffix(from.Scheme, "s") && !strings.HasSuffix(to.Scheme, "s") {
+	if err1 != nil || err2 != nil || !goesAlike(to, from) {
 		return r
 	}
 	if r.Token == hidden {
@@ -157,6 +156,22 @@ func (r destinationRule) keep(old destinationRule) destinationRule {
 		r.Destination = before + cmp.Or(user, hidden) + after
 	}
 	return r
+}
+
+// goesAlike reports whether a secret that was sent to from may be sent to to:
+// the same host and port, and not in the clear if it was not before. What was a
+// header for an access point must not become a message that viewers see, nor go
+// to another path of a websocket, where there may be others.
+func goesAlike(to, from *url.URL) bool {
+	websocket := from.Scheme == "ws" || from.Scheme == "wss"
+	return strings.EqualFold(to.Hostname(), from.Hostname()) && portOf(to) == portOf(from) &&
+		(to.Scheme == from.Scheme || to.Scheme == from.Scheme+"s") &&
+		(!websocket || cmp.Or(to.EscapedPath(), "/") == cmp.Or(from.EscapedPath(), "/"))
+}
+
+// portOf returns the port that u is dialled at.
+func portOf(u *url.URL) string {
+	return cmp.Or(u.Port(), map[string]string{"ws": "80", "http": "80", "wss": "443", "https": "443"}[u.Scheme])
 }
 
 // shown returns the rule as an answer shows it.

@@ -1,19 +1,26 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"maps"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/net/websocket"
 )
 
 // TestRuleLimits: a rule too many is refused and changes nothing, while those
@@ -81,6 +88,9 @@ func TestSecrets(t *testing.T) {
 		full  = `"ws://me:pass@127.0.0.1:1/in/a@b?x=1","token":"abcd.efgh","headers":{"x-key":"k1","X-Other":"k2"}`
 		shown = `"ws://***@127.0.0.1:1/in/a@b?x=1","token":"***","headers":{"X-Key":"***","X-Other":"***"}`
 	)
+	nothing := func(url string) string {
+		return `{"error":"destination \"` + url + `\": *** keeps a secret that is stored for the same host, port and path, and none is: give the token, the headers and the password anew"}`
+	}
 	stored := func() string {
 		r, _ := s.commands.rules.destination("0")
 		return fmt.Sprintf("%s %s %q", r.Destination, r.Token, r.Headers)
@@ -89,16 +99,16 @@ func TestSecrets(t *testing.T) {
 		{"POST " + rule(full), "200 " + rule(shown), `ws://me:pass@127.0.0.1:1/in/a@b?x=1 abcd.efgh "X-Key: k1\nX-Other: k2\n"`},
 		{"GET", "200 " + rule(shown), ""},
 		{"POST " + rule(shown), "200 " + rule(shown), `ws://me:pass@127.0.0.1:1/in/a@b?x=1 abcd.efgh "X-Key: k1\nX-Other: k2\n"`},
-		{"POST " + rule(`"ws://***@127.0.0.1:2/","token":"***","headers":{"x-key":"***","new":"v"}`),
-			"200 " + rule(`"ws://***@127.0.0.1:2/","token":"***","headers":{"New":"***","X-Key":"***"}`),
-			`ws://me:pass@127.0.0.1:2/ abcd.efgh "New: v\nX-Key: k1\n"`},
-		{"POST " + rule(`"ws://evil.invalid/","token":"***"`), `400 {"error":"destination \"ws://evil.invalid/\": *** stands for what is stored for this host, and nothing is"}`,
-			`ws://me:pass@127.0.0.1:2/ abcd.efgh "New: v\nX-Key: k1\n"`},
-		{"POST " + rule(`"ws://127.0.0.1:2/","headers":{"X-Other":"***"}`), `400 {"error":"destination \"ws://127.0.0.1:2/\": *** stands for what is stored for this host, and nothing is"}`,
-			`ws://me:pass@127.0.0.1:2/ abcd.efgh "New: v\nX-Key: k1\n"`},
+		{"POST " + rule(`"ws://***@127.0.0.1:1/in/a@b?x=2","token":"***","headers":{"x-key":"***","new":"v"}`),
+			"200 " + rule(`"ws://***@127.0.0.1:1/in/a@b?x=2","token":"***","headers":{"New":"***","X-Key":"***"}`),
+			`ws://me:pass@127.0.0.1:1/in/a@b?x=2 abcd.efgh "New: v\nX-Key: k1\n"`},
+		{"POST " + rule(`"ws://evil.invalid/","token":"***"`), "400 " + nothing("ws://evil.invalid/"),
+			`ws://me:pass@127.0.0.1:1/in/a@b?x=2 abcd.efgh "New: v\nX-Key: k1\n"`},
+		{"POST " + rule(`"ws://127.0.0.1:1/in/a@b","headers":{"X-Other":"***"}`), "400 " + nothing("…"),
+			`ws://me:pass@127.0.0.1:1/in/a@b?x=2 abcd.efgh "New: v\nX-Key: k1\n"`},
 		{"POST " + rule(`"ws://127.0.0.1:2/"`), "200 " + rule(`"ws://127.0.0.1:2/"`), `ws://127.0.0.1:2/  ""`},
-		{"POST " + rule(`"ws://127.0.0.1:2/","token":"***"`), `400 {"error":"destination \"ws://127.0.0.1:2/\": *** stands for what is stored for this host, and nothing is"}`, ""},
-		{"POST " + rule(`"ws://***@127.0.0.1:2/"`), `400 {"error":"destination \"…\": *** stands for what is stored for this host, and nothing is"}`, ""},
+		{"POST " + rule(`"ws://127.0.0.1:2/","token":"***"`), "400 " + nothing("ws://127.0.0.1:2/"), ""},
+		{"POST " + rule(`"ws://***@127.0.0.1:2/"`), "400 " + nothing("…"), ""},
 		{"POST " + rule(`"ws://127.0.0.1:2/","token":"","headers":{}`), "200 " + rule(`"ws://127.0.0.1:2/"`), `ws://127.0.0.1:2/  ""`},
 	}
 	for i, step := range steps {
@@ -118,6 +128,138 @@ func TestSecrets(t *testing.T) {
 		t.Errorf("got %s, want %s", got, want)
 	}
 }
+
+// TestSecretMoves: *** takes no secret to another host, port or dialect, out of
+// TLS, or on a websocket to another path: all others are refused, and what goes
+// out then is what was stored.
+func TestSecretMoves(t *testing.T) {
+	ca := newCerts(t)
+	var mu sync.Mutex
+	var seen string // of the requests and messages that came
+	see := func(text string) {
+		mu.Lock()
+		defer mu.Unlock()
+		seen += text + "\n"
+	}
+	upgrade := websocket.Server{Handler: func(ws *websocket.Conn) {
+		var token string
+		if websocket.Message.Receive(ws, &token) == nil {
+			see("message " + token)
+		}
+	}}
+	relay := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		user, password, _ := r.BasicAuth()
+		see(fmt.Sprintf("%s %s %s %s %s:%s", r.Method, r.URL.Path, r.Header.Get("Authorization"), r.Header.Get("X-Key"), user, password))
+		if r.Method == "GET" {
+			upgrade.ServeHTTP(w, r)
+		}
+	}), ErrorLog: log.New(io.Discard, "", 0)}
+	l := listenLoopback(t)
+	go relay.Serve(eitherListener{l, ca.server})
+	defer relay.Close()
+	port := l.Addr().(*net.TCPAddr).Port
+
+	r, _, _ := realRules(t, io.Discard)
+	r.roots = ca.roots
+	dial := r.dial
+	s := newServer(t.Context(), r, "", discardLog)
+	rule := func(to, secret string) string {
+		before, after, _ := strings.Cut(to, "//")
+		switch secret {
+		case "headers":
+			return fmt.Sprintf(`{"id":"0","stream":"video0","destination":"%s","token":"x","headers":{"X-Key":"%%s"}}`, to)
+		case "userinfo":
+			return fmt.Sprintf(`{"id":"0","stream":"video0","destination":"%s//%%s@%s"}`, before, after)
+		}
+		return fmt.Sprintf(`{"id":"0","stream":"video0","destination":"%s","token":"%%s"}`, to)
+	}
+	moves, kept := 0, 0
+	schemes := []string{"ws", "wss", "http", "https"}
+	for _, secret := range []string{"token", "headers", "userinfo"} {
+		for _, was := range schemes {
+			for _, is := range schemes {
+				for same := range 8 {
+					host, toPort, path := "127.0.0.1", port, "/in/a"
+					if same&1 != 0 {
+						host = "localhost"
+					}
+					if same&2 != 0 {
+						toPort++
+					}
+					if same&4 != 0 {
+						path = "/in/b"
+					}
+					if secret == "userinfo" && (was[0] == 'h' || is[0] == 'h') {
+						continue // not allowed together with the token
+					}
+					ok := same&3 == 0 && (is == was || is == was+"s") && (same&4 == 0 || was[0] == 'h')
+					from, to := fmt.Sprintf("%s://127.0.0.1:%d/in/a", was, port), fmt.Sprintf("%s://%s:%d%s", is, host, toPort, path)
+					word := fmt.Sprintf("secret:%d", moves)
+					r.deleteDestinations()
+					r.dial = func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("none") }
+					if got := ask(s, "POST /api/destinations "+fmt.Sprintf(rule(from, secret), word)); got[:3] != "200" {
+						t.Fatal(got)
+					}
+					r.dial = dial
+					before := r.set().encode()
+					got := ask(s, "POST /api/destinations "+fmt.Sprintf(rule(to, secret), hidden))
+					moves++
+					if !ok {
+						if got[:3] != "400" || !bytes.Equal(before, r.set().encode()) {
+							t.Errorf("%s: %s to %s: got %s", secret, from, to, got)
+						}
+						continue
+					}
+					kept++
+					if got[:3] != "200" {
+						t.Errorf("%s: %s to %s: got %s", secret, from, to, got)
+					}
+					if was == is && same == 0 {
+						continue // the rule has not changed, so that nobody dials
+					}
+					waitFor(t, "the secret to arrive: "+secret+" "+from+" "+to, func() bool {
+						mu.Lock()
+						defer mu.Unlock()
+						return strings.Contains(seen, word)
+					})
+				}
+			}
+		}
+	}
+	for i := range moves {
+		if n := strings.Count(seen, fmt.Sprintf("secret:%d\n", i)); n > 1 {
+			t.Errorf("secret %d came %d times", i, n)
+		}
+	}
+	t.Logf("%d moves, %d of them keep the secret", moves, kept)
+}
+
+// eitherListener speaks TLS with those who begin with it.
+type eitherListener struct {
+	net.Listener
+	config *tls.Config
+}
+
+func (l eitherListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	b := bufio.NewReader(conn)
+	first, _ := b.Peek(1)
+	c := bufferedConn{conn, b}
+	if len(first) > 0 && first[0] == 0x16 { // RFC 8446 5.1
+		return tls.Server(c, l.config), nil
+	}
+	return c, nil
+}
+
+type bufferedConn struct {
+	net.Conn
+	r *bufio.Reader
+}
+
+func (c bufferedConn) Read(b []byte) (int, error) { return c.r.Read(b) }
 
 // TestConcurrentChanges: 50 callers change, mute and delete rules; in the end
 // what runs is what GET says, and I7 holds.
