@@ -28,7 +28,7 @@ import (
 const (
 	checkTime    = 5 * time.Second // of sending
 	checkRate    = 8e6             // bit/s, at most
-	checkEnough  = 1.5e6           // bit/s: README's camera and microphone, and a quarter more
+	checkEnough  = 1.5e6           // bit/s: the lines of vw devices, and a quarter more
 	checkPackets = 50              // in a message
 )
 

@@ -171,10 +171,10 @@ func TestWatchdogBites(t *testing.T) {
 	}
 }
 
-// readmeUnits returns the unit files of README.md by their names, in order.
-func readmeUnits(t *testing.T) (names []string, units map[string]string) {
+// documentedUnits returns the unit files of docs/odroid.md by their names, in order.
+func documentedUnits(t *testing.T) (names []string, units map[string]string) {
 	t.Helper()
-	b, err := os.ReadFile("README.md")
+	b, err := os.ReadFile("docs/odroid.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -186,12 +186,12 @@ func readmeUnits(t *testing.T) (names []string, units map[string]string) {
 	return names, units
 }
 
-// TestUnits: systemd has nothing to say against the units in README.md, and
+// TestUnits: systemd has nothing to say against the units in docs/odroid.md, and
 // finds them closed enough.
 func TestUnits(t *testing.T) {
 	analyze := needs(t, "systemd-analyze")
 	dir := t.TempDir()
-	names, units := readmeUnits(t)
+	names, units := documentedUnits(t)
 	if want := "vw.service vw-video0.service"; strings.Join(names, " ") != want {
 		t.Fatalf("got the units %q, want %s", names, want)
 	}
