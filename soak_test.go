@@ -5,29 +5,34 @@
 //
 // The rules: I7 holds for every destination there was. What ends leaves
 // nothing: goroutines and descriptors are as before, to the last one, and the
-// heap is flat (see flat). What a soak chooses follows from its seed; vw's own
+// heap is flat (see checkGrowth). What a soak chooses follows from its seed; vw's own
 // jitter and the scheduler do not.
 
 package main
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -41,8 +46,8 @@ var (
 	soakSeed = flag.Uint64("seed", 0, "what the soaks choose by; 0: another one each time")
 )
 
-// tempers are what relays do; each is the host of its URL.
-var tempers = []string{"well", "refuses", "away", "denies", "hangs-up", "closes", "dies", "stalls", "vanishes"}
+// behaviours are what relays do; each is the host of its URL.
+var behaviours = []string{"well", "refuses", "away", "denies", "hangs-up", "closes", "dies", "stalls", "vanishes"}
 
 // soak is what both forms share: relays, accounts and samples.
 type soak struct {
@@ -80,9 +85,9 @@ func newSoak(t *testing.T, r *rules) *soak {
 func (s *soak) dice(n int64) *rand.Rand { return rand.New(rand.NewPCG(s.seed, uint64(n))) }
 
 // relay is the n-th connection to a relay, until ctx is done or vw closes it.
-func (s *soak) relay(ctx context.Context, n int64, temper string, conn net.Conn) {
+func (s *soak) relay(ctx context.Context, n int64, behaviour string, conn net.Conn) {
 	dice := s.dice(n)
-	switch temper {
+	switch behaviour {
 	case "well":
 		serveRelay(conn, s.message)
 	case "denies":
@@ -124,8 +129,8 @@ func (s *soak) message(b []byte) {
 	}
 }
 
-// note enters the destination of an id into the accounts.
-func (s *soak) note(name string) {
+// track enters the destination of an id into the accounts.
+func (s *soak) track(name string) {
 	s.rules.mu.RLock()
 	d := s.rules.destinations[name]
 	s.rules.mu.RUnlock()
@@ -200,11 +205,11 @@ func (s *soak) sample() string {
 		s.cycles.Load(), runtime.NumGoroutine(), m.HeapAlloc, c.published, c.delivered, c.dropped[1:])
 }
 
-// flat fails the test when goroutines or heap grow, by the least-squares slope
+// checkGrowth fails the test when goroutines or heap grow, by the least-squares slope
 // over the samples but the first quarter, in which maps and pools find their
 // size. What must be seen is one leak in 200 cycles: of a goroutine; or of
 // what least can leak with the media, a message of one frame of size bytes.
-func (s *soak) flat(frame int) {
+func (s *soak) checkGrowth(frame int) {
 	if s.t.Failed() {
 		return // there may be too few samples
 	}
@@ -236,8 +241,8 @@ func slope(all []soakSample, y func(soakSample) float64) float64 {
 	return xy / xx
 }
 
-// live is the body of a publisher: a frame every so often, until ctx is done.
-type live struct {
+// liveBody is the body of a publisher: a frame every so often, until ctx is done.
+type liveBody struct {
 	ctx   context.Context
 	every time.Duration
 	from  *camera
@@ -245,7 +250,7 @@ type live struct {
 	rest  []byte
 }
 
-func (l *live) Read(p []byte) (int, error) {
+func (l *liveBody) Read(p []byte) (int, error) {
 	if len(l.rest) == 0 {
 		time.Sleep(l.every)
 		if l.ctx.Err() != nil {
@@ -258,9 +263,9 @@ func (l *live) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// alone runs t in a process of its own, whose goroutines and memory t may then
+// inOwnProcess runs t in a process of its own, whose goroutines and memory t may then
 // count, beside other tests. It returns whether it did: in that process it does not.
-func alone(t *testing.T) bool {
+func inOwnProcess(t *testing.T) bool {
 	notShort(t, "a soak")
 	if os.Getenv("VW_TEST_ALONE") != "" {
 		return false
@@ -285,11 +290,11 @@ func alone(t *testing.T) bool {
 
 // TestSoak24: 86,400 streams with a feed and a destination of their own, each
 // for one second of a day, beside two destinations that are well for all of it,
-// and one of another temper each hour.
+// and one of another behaviour each hour.
 // The race detector gets a frame a second in place of 25. The video's PTS wrap
 // at half time.
 func TestSoak24(t *testing.T) {
-	if alone(t) {
+	if inOwnProcess(t) {
 		return
 	}
 	const hours, kept = 24, 3
@@ -303,8 +308,8 @@ func TestSoak24(t *testing.T) {
 		l.rules.log = discardLog
 		s := newSoak(t, l.rules)
 		l.relay = func(n int64, host string, conn net.Conn) {
-			temper, _, _ := net.SplitHostPort(host)
-			s.relay(t.Context(), n, temper, conn)
+			behaviour, _, _ := net.SplitHostPort(host)
+			s.relay(t.Context(), n, behaviour, conn)
 		}
 		pipe := l.dial
 		l.dial = func(ctx context.Context, network, host string) (net.Conn, error) {
@@ -326,7 +331,7 @@ func TestSoak24(t *testing.T) {
 			if _, err := l.setDestination(destinationRule{ID: id(name), Stream: stream, Destination: url}); err != nil {
 				t.Error(err)
 			}
-			s.note(name)
+			s.track(name)
 		}
 
 		ctx, cancel := context.WithCancel(t.Context())
@@ -341,7 +346,7 @@ func TestSoak24(t *testing.T) {
 		size := len(c.next())
 		var feeds sync.WaitGroup
 		feeds.Go(func() {
-			l.mux.publish("video0", &publisher{interrupt: cancel}, &live{ctx: ctx, every: frame, from: c, end: io.EOF})
+			l.mux.publish("video0", &publisher{interrupt: cancel}, &liveBody{ctx: ctx, every: frame, from: c, end: io.EOF})
 		})
 		time.Sleep(time.Second)
 
@@ -353,16 +358,16 @@ func TestSoak24(t *testing.T) {
 		for i := 0; i < hours*3600 && !t.Failed(); i++ {
 			stream, feed, name := fmt.Sprint("stream/", i), fmt.Sprint("audio", i), fmt.Sprint(i)
 			set(stream, "video0", feed)
-			send(name, stream, "ws://"+tempers[dice.IntN(len(tempers))])
+			send(name, stream, "ws://"+behaviours[dice.IntN(len(behaviours))])
 			if i%10 == 0 {
 				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 				feeds.Go(func() {
 					defer cancel()
-					l.mux.publish(feed, &publisher{interrupt: cancel}, &live{ctx: ctx, every: 240 * time.Millisecond, from: newMicrophone(), end: io.ErrUnexpectedEOF})
+					l.mux.publish(feed, &publisher{interrupt: cancel}, &liveBody{ctx: ctx, every: 240 * time.Millisecond, from: newMicrophone(), end: io.ErrUnexpectedEOF})
 				})
 			}
 			if hour := i / 3600; i%3600 == 0 {
-				ill := tempers[1:]
+				ill := behaviours[1:]
 				send("kept/ill", []string{"video0", "stream/kept"}[hour/len(ill)%2], "ws://"+ill[hour%len(ill)])
 			}
 			switch i % 60 {
@@ -416,7 +421,7 @@ func TestSoak24(t *testing.T) {
 		if d := s.closed.dropped; d[dropGate] == 0 || d[dropLag] == 0 || d[dropMuted] == 0 || d[dropEnd] == 0 {
 			t.Errorf("got %+v, want drops of each cause but bytes", s.closed)
 		}
-		s.flat(size)
+		s.checkGrowth(size)
 		cancel()
 		feeds.Wait()
 		l.close()
@@ -427,25 +432,25 @@ func TestSoak24(t *testing.T) {
 	})
 }
 
-// fleet is the relays of one round of TestSoak, on loopback.
-type fleet struct {
-	addrs map[string]string // by temper
+// soakRelays is the relays of one round of TestSoak, on loopback.
+type soakRelays struct {
+	addrs map[string]string // by behaviour
 	ends  []func() error
 	conns sync.WaitGroup
 }
 
-// sail starts a relay of each temper that can be connected to.
-func (s *soak) sail(ctx context.Context) *fleet {
-	f := &fleet{addrs: map[string]string{"refuses": "127.0.0.1:1"}}
-	for _, temper := range tempers {
-		if temper == "refuses" || temper == "away" {
+// startRelays starts a relay of each behaviour that can be connected to.
+func (s *soak) startRelays(ctx context.Context) *soakRelays {
+	f := &soakRelays{addrs: map[string]string{"refuses": "127.0.0.1:1"}}
+	for _, behaviour := range behaviours {
+		if behaviour == "refuses" || behaviour == "away" {
 			continue
 		}
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			s.t.Fatal(err)
 		}
-		f.addrs[temper] = l.Addr().String()
+		f.addrs[behaviour] = l.Addr().String()
 		f.ends = append(f.ends, l.Close)
 		f.conns.Go(func() {
 			for {
@@ -456,7 +461,7 @@ func (s *soak) sail(ctx context.Context) *fleet {
 				conn.(*net.TCPConn).SetReadBuffer(16 << 10) // what stalls is soon full
 				f.conns.Go(func() {
 					defer conn.Close()
-					s.relay(ctx, s.accepted.Add(1), temper, conn)
+					s.relay(ctx, s.accepted.Add(1), behaviour, conn)
 				})
 			}
 		})
@@ -464,50 +469,84 @@ func (s *soak) sail(ctx context.Context) *fleet {
 	return f
 }
 
-// sink ends the relays. They wait for vw to close their connections.
-func (f *fleet) sink() {
+// wait ends the relays. They wait for vw to close their connections.
+func (f *soakRelays) wait() {
 	for _, end := range f.ends {
 		end()
 	}
 	f.conns.Wait()
 }
 
-// held is what a process has.
-type held struct{ goroutines, files int }
+// resources is what a process has.
+type resources struct{ goroutines, files int }
 
-func (s *soak) held() held {
+func (s *soak) resources() resources {
 	files, err := os.ReadDir("/dev/fd")
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	return held{runtime.NumGoroutine(), len(files)}
+	return resources{runtime.NumGoroutine(), len(files)}
 }
 
-// returnTo waits until no more is held than before.
-func (s *soak) returnTo(before held) {
+// awaitNoMoreThan waits until the process has no more than before.
+func (s *soak) awaitNoMoreThan(before resources) {
 	s.t.Helper()
 	eventually(s.t, time.Minute, func() error {
-		if h := s.held(); h.goroutines > before.goroutines || h.files > before.files {
+		if h := s.resources(); h.goroutines > before.goroutines || h.files > before.files {
 			return fmt.Errorf("%+v, want %+v as before", h, before)
 		}
 		return nil
 	})
 }
 
-// shore is vw as callers, publishers and readers see it.
-type shore struct {
+// soakClients is vw as callers, publishers and readers see it.
+type soakClients struct {
 	*soak
 	web     *httptest.Server
 	changes sync.RWMutex // held to delete a destination that another caller may be about to note
 }
 
-// ask does one call of the API; it must be answered with 200 or 404.
-func (s *shore) ask(method, path, body string) {
+// outage is what befalls a disk, or the reader of the log, for a while. A nil
+// one is none.
+type outage struct {
+	over <-chan struct{} // writes hang until it is closed; nil: they do not
+	err  error           // and fail with it
+}
+
+func (o *outage) write() error {
+	if o == nil {
+		return nil
+	}
+	if o.over != nil {
+		<-o.over
+	}
+	return o.err
+}
+
+// outages returns those of the n-th round, which is over with ctx.
+func outages(ctx context.Context, n int) (disk, log *outage) {
+	kinds := []*outage{nil, {over: ctx.Done()}, {err: syscall.ENOSPC}}
+	return kinds[n%3], kinds[(n+n/3)%3]
+}
+
+// outageWriter is a log that nobody reads while log has an outage.
+type outageWriter struct{ log *atomic.Pointer[outage] }
+
+func (w outageWriter) Write(b []byte) (int, error) { return len(b), w.log.Load().write() }
+
+// maxTaking is how long a call may take that only takes something away (I6); it
+// is less than a disk hangs in the long rounds.
+const maxTaking = 2 * time.Second
+
+// ask does one call of the API; it must be answered with 200 or 404, or say
+// that the disk has an outage.
+func (s *soakClients) ask(method, path, body string) {
 	r, err := http.NewRequest(method, s.web.URL+path, strings.NewReader(body))
 	if err != nil {
 		s.t.Error(err)
 		return
 	}
+	start := time.Now()
 	a, err := s.web.Client().Do(r)
 	if err != nil {
 		s.t.Error(err)
@@ -515,22 +554,26 @@ func (s *shore) ask(method, path, body string) {
 	}
 	defer a.Body.Close()
 	text, _ := io.ReadAll(a.Body)
-	if a.StatusCode != http.StatusOK && (a.StatusCode != http.StatusNotFound || method != "DELETE") {
+	excused := bytes.Contains(text, []byte("no space left")) || bytes.Contains(text, []byte("the disk does not answer"))
+	if a.StatusCode != http.StatusOK && (a.StatusCode != http.StatusNotFound || method != "DELETE") && !excused {
 		s.t.Errorf("%s %s %s: got %s %s", method, path, body, a.Status, text)
+	}
+	if took := time.Since(start); method == "DELETE" && took > maxTaking {
+		s.t.Errorf("%s %s took %v, want at most %v", method, path, took, maxTaking)
 	}
 	s.cycles.Add(1)
 }
 
 // send sets a destination, and enters it into the accounts.
-func (s *shore) send(id, stream, url string) {
+func (s *soakClients) send(id, stream, url string) {
 	s.changes.RLock()
 	defer s.changes.RUnlock()
 	s.ask("POST", "/api/destinations", fmt.Sprintf(`{"id":%q,"stream":%q,"destination":%q}`, id, stream, url))
-	s.note(id)
+	s.track(id)
 }
 
 // drop deletes destinations.
-func (s *shore) drop(id string) {
+func (s *soakClients) drop(id string) {
 	s.changes.Lock()
 	defer s.changes.Unlock()
 	s.ask("DELETE", "/api/destinations/"+id, "")
@@ -539,7 +582,7 @@ func (s *shore) drop(id string) {
 // call changes rules until ctx is done. The streams are everybody's; ids
 // begin with the caller's number, but everybody may delete them. It deletes
 // all only if all is set.
-func (s *shore) call(ctx context.Context, n int, all bool, dice *rand.Rand) {
+func (s *soakClients) call(ctx context.Context, n int, all bool, dice *rand.Rand) {
 	for ; ctx.Err() == nil; time.Sleep(time.Duration(dice.Int64N(int64(20 * time.Millisecond)))) {
 		stream, sub := fmt.Sprint("stream/", dice.IntN(3)), dice.IntN(3)
 		switch k := dice.IntN(200); {
@@ -558,14 +601,14 @@ func (s *shore) call(ctx context.Context, n int, all bool, dice *rand.Rand) {
 			s.ask("POST", "/api/streams", fmt.Sprintf(`{"stream":%q,"feeds":%s}`, stream, feeds))
 		default:
 			source := []string{stream, fmt.Sprint("stream/", sub), "video0"}[dice.IntN(3)]
-			s.send(fmt.Sprint(n, "/", sub), source, fmt.Sprintf("ws://%s/%d", tempers[dice.IntN(len(tempers))], dice.IntN(3)))
+			s.send(fmt.Sprint(n, "/", sub), source, fmt.Sprintf("ws://%s/%d", behaviours[dice.IntN(len(behaviours))], dice.IntN(3)))
 		}
 		s.account()
 	}
 }
 
 // dial connects to vw; nil, and the test fails, if it can't.
-func (s *shore) dial() *net.TCPConn {
+func (s *soakClients) dial() *net.TCPConn {
 	conn, err := net.Dial("tcp", s.web.Listener.Addr().String())
 	if err != nil {
 		s.t.Error(err)
@@ -575,7 +618,7 @@ func (s *shore) dial() *net.TCPConn {
 }
 
 // websocket opens one on conn; nil, and the test fails, if it can't.
-func (s *shore) websocket(conn net.Conn, path string) *websocket.Conn {
+func (s *soakClients) websocket(conn net.Conn, path string) *websocket.Conn {
 	config, err := websocket.NewConfig("ws"+strings.TrimPrefix(s.web.URL, "http")+path, s.web.URL)
 	if err != nil {
 		s.t.Error(err)
@@ -593,7 +636,7 @@ func (s *shore) websocket(conn net.Conn, path string) *websocket.Conn {
 // post publishes feeds until ctx is done, each for a moment: as a body or as
 // websocket messages, to a proper end or until the connection is reset. A
 // second publisher takes a feed over; one body in ten is not MPEG-TS.
-func (s *shore) post(ctx context.Context, dice *rand.Rand) {
+func (s *soakClients) post(ctx context.Context, dice *rand.Rand) {
 	for ctx.Err() == nil {
 		name, c := "video0", newCamera()
 		c.size = 5000
@@ -601,7 +644,7 @@ func (s *shore) post(ctx context.Context, dice *rand.Rand) {
 			name, c = "audio0", newMicrophone()
 		}
 		ctx, cancel := context.WithTimeout(ctx, time.Duration(dice.Int64N(int64(time.Second))))
-		var body io.Reader = &live{ctx: ctx, every: 10 * time.Millisecond, from: c, end: []error{io.EOF, io.ErrUnexpectedEOF}[dice.IntN(2)]}
+		var body io.Reader = &liveBody{ctx: ctx, every: 10 * time.Millisecond, from: c, end: []error{io.EOF, io.ErrUnexpectedEOF}[dice.IntN(2)]}
 		if dice.IntN(10) == 0 {
 			body = strings.NewReader(strings.Repeat("no video ", 10000))
 		}
@@ -625,7 +668,7 @@ func (s *shore) post(ctx context.Context, dice *rand.Rand) {
 
 // watch reads feeds and streams until ctx is done, each for a moment; one in
 // three takes nothing.
-func (s *shore) watch(ctx context.Context, dice *rand.Rand) {
+func (s *soakClients) watch(ctx context.Context, dice *rand.Rand) {
 	for ctx.Err() == nil {
 		name := []string{"video0", "stream/0", "stream/1"}[dice.IntN(3)]
 		ctx, cancel := context.WithTimeout(ctx, time.Duration(dice.Int64N(int64(time.Second))))
@@ -658,31 +701,40 @@ func (s *shore) watch(ctx context.Context, dice *rand.Rand) {
 }
 
 // TestSoak goes in rounds of 1 s, each tenth of 8 s, in which everything comes
-// and goes; a destination of each temper stays for the round. After each,
-// nothing is left. The collector, which would close connections that vw forgot,
-// runs only then.
+// and goes; a destination of each behaviour stays for the round. After each,
+// nothing is left. In some rounds the disk of the state file hangs, or is full,
+// or nobody reads the log. The collector, which would close connections that vw
+// forgot, runs only then.
 func TestSoak(t *testing.T) {
-	if alone(t) {
+	if inOwnProcess(t) {
 		return
 	}
 	ctx, end := context.WithCancelCause(t.Context())
-	r := newRules(ctx, newMux(), 500*time.Millisecond, discardLog)
-	s := &shore{soak: newSoak(t, r)}
 	listenLoopback(t).Close() // opens what the runtime polls with
-	before := s.held()
-	var now atomic.Pointer[fleet]
+	var disk, log atomic.Pointer[outage]
+	s := &soakClients{soak: newSoak(t, nil)}
+	before := s.resources()
+	logger, lines := newLog(nil, outageWriter{&log}, slog.LevelDebug)
+	r := newRules(ctx, newMux(), 500*time.Millisecond, logger)
+	s.rules = r
+	if err := r.keep(filepath.Join(t.TempDir(), "state")); err != nil {
+		t.Fatal(err)
+	}
+	save := r.file.save
+	r.file.save = func(name string, b []byte) error { return cmp.Or(disk.Load().write(), save(name, b)) }
+	var now atomic.Pointer[soakRelays]
 	dial := r.dial
 	r.dial = func(ctx context.Context, network, host string) (net.Conn, error) {
-		temper, _, _ := net.SplitHostPort(host)
-		if temper == "away" {
+		behaviour, _, _ := net.SplitHostPort(host)
+		if behaviour == "away" {
 			<-ctx.Done()
 			return nil, ctx.Err()
 		}
-		return dial(ctx, network, now.Load().addrs[temper])
+		return dial(ctx, network, now.Load().addrs[behaviour])
 	}
-	h := newServer(ctx, r, "", discardLog)
+	h := newServer(ctx, r, "", logger)
 	s.web = httptest.NewServer(h)
-	idle := s.held()
+	idle := s.resources()
 	start, told := time.Now(), time.Duration(0)
 	text := ""
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
@@ -692,11 +744,14 @@ func TestSoak(t *testing.T) {
 			life = 8 * time.Second
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), life)
-		f := s.sail(ctx)
+		f := s.startRelays(ctx)
 		now.Store(f)
+		d, l := outages(ctx, n)
+		disk.Store(d)
+		log.Store(l)
 		s.ask("POST", "/api/streams", `{"stream":"stream/kept","feeds":["video0","audio0"]}`)
-		for i, temper := range tempers {
-			s.send("kept/"+temper, []string{"video0", "stream/kept"}[i%2], "ws://"+temper)
+		for i, behaviour := range behaviours {
+			s.send("kept/"+behaviour, []string{"video0", "stream/kept"}[i%2], "ws://"+behaviour)
 		}
 		var people sync.WaitGroup
 		for i := range 4 {
@@ -706,12 +761,14 @@ func TestSoak(t *testing.T) {
 			people.Go(func() { s.watch(ctx, dice(2)) })
 		}
 		people.Wait()
+		disk.Store(nil)
+		log.Store(nil)
 		s.drop("all")
 		s.ask("DELETE", "/api/streams/all", "")
 		cancel()
-		f.sink()
+		f.wait()
 		s.web.Client().CloseIdleConnections()
-		s.returnTo(idle)
+		s.awaitNoMoreThan(idle)
 		s.account()
 		if m := s.members(); m != (members{}) {
 			t.Errorf("got %+v, want none", m)
@@ -722,7 +779,7 @@ func TestSoak(t *testing.T) {
 		if got := s.received.Load(); got > s.toWell {
 			t.Errorf("the relays that are well received %d messages, %d were delivered to them", got, s.toWell)
 		}
-		text = fmt.Sprintf("%d descriptors, %s, %d received", s.held().files, s.sample(), s.received.Load())
+		text = fmt.Sprintf("%d descriptors, %s, %d received", s.resources().files, s.sample(), s.received.Load())
 		if d := time.Since(start); n == 0 || d-told >= time.Minute {
 			told = d
 			t.Logf("%v, round %d: %s", d.Round(time.Second), n+1, text)
@@ -732,9 +789,10 @@ func TestSoak(t *testing.T) {
 	s.web.Close()
 	end(errShutdown)
 	h.tasks.Wait()
-	r.tasks.Wait()
-	s.returnTo(before)
+	r.wait()
+	lines.close()
+	s.awaitNoMoreThan(before)
 	c := newCamera()
 	c.size = 5000
-	s.flat(len(c.next()))
+	s.checkGrowth(len(c.next()))
 }
