@@ -698,11 +698,12 @@ func (f *framer) tracks() []trackStats {
 		return f.listed
 	}
 	for _, t := range f.program.tracks {
-		codec := t.coding().name
+		coding := t.coding()
+		codec := coding.name
 		if i := f.index[t.pid]; t.isMPEG12() && i != 0 && f.pids[i].codec != "" {
 			codec = f.pids[i].codec
 		}
-		f.listed = append(f.listed, trackStats{t.pid, codec})
+		f.listed = append(f.listed, trackStats{t.pid, codec, coding.kind.String()})
 	}
 	return f.listed
 }
@@ -781,4 +782,5 @@ func (c *feedCounts) add(d feedCounts) {
 type trackStats struct {
 	PID   uint16 `json:"pid"`
 	Codec string `json:"codec"`
+	Kind  string `json:"kind"` // video, audio, data
 }

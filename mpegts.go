@@ -160,6 +160,9 @@ const (
 	pictureTrack
 )
 
+// String returns the kind as the API has it.
+func (k trackKind) String() string { return [...]string{"data", "audio", "video"}[k] }
+
 // coding is the format of a track: its common name, as ffmpeg has it, and
 // its kind.
 type coding struct {

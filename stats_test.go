@@ -98,7 +98,7 @@ func TestFeedStats(t *testing.T) {
 		if rate := fmt.Sprintf("%.0f %.0f %.1f", f.FrameRate, f.BitRate/1e4, f.KeyframeRate); rate != "25 105 1.0" {
 			t.Errorf("got rates %s, want 25 105 1.0", rate)
 		}
-		if f.Publisher.Agent != "test" || len(f.Tracks) != 1 || f.Tracks[0] != (trackStats{testVideo, "mpeg2video"}) {
+		if f.Publisher.Agent != "test" || len(f.Tracks) != 1 || f.Tracks[0] != (trackStats{testVideo, "mpeg2video", "video"}) {
 			t.Errorf("got %+v, %v", f.Publisher, f.Tracks)
 		}
 		time.Sleep(3 * time.Second)
