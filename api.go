@@ -78,10 +78,11 @@ func (s *server) table() *http.ServeMux {
 	m.HandleFunc("GET /in/{name...}", s.media.in)
 	m.HandleFunc("GET /out/{name...}", s.media.out)
 
-	for _, path := range []string{"/{$}", "/page.css", "/page.js", "/icon.svg"} {
+	for _, path := range []string{"/{$}", "/page.css", "/page.js", "/preview.js", "/icon.svg"} {
 		m.HandleFunc("GET "+path, s.page.getPage)
 	}
 	m.HandleFunc("GET /player.js", s.page.getPlayer)
+	m.HandleFunc("GET /mpegts.js", s.page.getPlayer)
 	m.HandleFunc("POST /login", s.login)
 
 	// Without these, ServeMux would answer with a redirect.

@@ -164,9 +164,11 @@ func newProgram(ctx context.Context, set settings, port int, log *slog.Logger) (
 		}
 	}
 	s := newServer(ctx, r, set.token, log)
-	s.page.player = set.player
-	if _, err := os.Stat(set.player.file); set.player.file != "" && err != nil {
-		log.Warn("VW_PLAYER: the page has no player", "err", err)
+	s.page.players = set.players
+	for _, name := range []string{set.players.jsmpeg.file, set.players.mpegts.file} {
+		if _, err := os.Stat(name); name != "" && err != nil {
+			log.Warn("VW_PLAYER: the preview lacks a player", "err", err)
+		}
 	}
 	s.commands.port = port
 	if set.api != "" {
@@ -253,7 +255,7 @@ type settings struct {
 	apiToken   string
 	state      string // file; "": none
 	maxLag     time.Duration
-	player     player
+	players    players
 	cpuProfile string
 }
 
@@ -308,10 +310,10 @@ var variables = []variable{
 		s.maxLag = d
 		return "a duration from 10ms to 1m, such as 500ms", err == nil && 10*time.Millisecond <= d && d <= time.Minute
 	}},
-	{"VW_PLAYER", "", "JSMpeg from a CDN", "the page's player: a file beside vw, or a URL", func(s *settings, v string) (string, bool) {
+	{"VW_PLAYER", "", "from a CDN", "the page's players: a folder or file beside vw, or a URL", func(s *settings, v string) (string, bool) {
 		var ok bool
-		s.player, ok = newPlayer(v)
-		return "a file, or a URL of http or https", ok
+		s.players, ok = newPlayers(v)
+		return "a folder, a file, or a URL of http or https", ok
 	}},
 	{"VW_CPUPROFILE", "", "none", "file for a CPU profile of 30 s", func(s *settings, v string) (string, bool) {
 		s.cpuProfile = v
@@ -331,7 +333,7 @@ func settingsHelp() string {
 // good as none. An error names the variable, the value and what is allowed.
 func readSettings(env []string) (settings, []string, error) {
 	s := settings{port: 8888, maxLag: 500 * time.Millisecond}
-	s.player, _ = newPlayer("")
+	s.players, _ = newPlayers("")
 	var warnings []string
 	for _, e := range env {
 		name, value, _ := strings.Cut(e, "=")

@@ -64,8 +64,8 @@ func TestReadSettings(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	usual, _ := newPlayer("")
-	want := settings{host: "::", port: 80, logLevel: slog.LevelError, token: "a=b", maxLag: time.Second, player: usual}
+	usual, _ := newPlayers("")
+	want := settings{host: "::", port: 80, logLevel: slog.LevelError, token: "a=b", maxLag: time.Second, players: usual}
 	if s != want {
 		t.Errorf("got %+v, want %+v", s, want)
 	}
@@ -77,7 +77,7 @@ func TestReadSettings(t *testing.T) {
 		t.Errorf("got warnings %q, want VW_PORT to be meant", warnings)
 	}
 	s, _, err = readSettings(nil)
-	if want := (settings{port: 8888, maxLag: 500 * time.Millisecond, player: usual}); s != want || err != nil {
+	if want := (settings{port: 8888, maxLag: 500 * time.Millisecond, players: usual}); s != want || err != nil {
 		t.Errorf("got %+v, %v, want %+v", s, err, want)
 	}
 }

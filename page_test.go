@@ -29,10 +29,10 @@ const far = "192.0.2.1:5000"
 // TestPageFiles: small, nothing inline, and with a policy that refuses what is.
 func TestPageFiles(t *testing.T) {
 	s := newTestServer(t, "")
-	s.page.player, _ = newPlayer("")
+	s.page.players = defaultPlayers
 	size := 0
 	for path, kind := range pageTypes {
-		if path == "/login" || path == "/player.js" {
+		if path == "/login" || path == "/player.js" || path == "/mpegts.js" {
 			continue
 		}
 		w := httptest.NewRecorder()
@@ -44,8 +44,8 @@ func TestPageFiles(t *testing.T) {
 		}
 		size += w.Body.Len()
 		for name, want := range map[string]string{
-			"Content-Security-Policy": "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' " + defaultPlayer +
-				"; style-src 'self' " + playerStyles + "; img-src 'self'; connect-src 'self' ws://localhost:8888 wss://localhost:8888; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+			"Content-Security-Policy": "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' " + defaultPlayers.jsmpeg.url + " " + defaultPlayers.mpegts.url +
+				"; style-src 'self' " + playerStyles + "; img-src 'self'; media-src blob:; connect-src 'self' ws://localhost:8888 wss://localhost:8888; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
 			"X-Content-Type-Options": "nosniff",
 			"Referrer-Policy":        "no-referrer",
 		} {
@@ -59,9 +59,9 @@ func TestPageFiles(t *testing.T) {
 		if found := regexp.MustCompile(`(?i)<script>|<style|\son\w+=|\sstyle=|javascript:|\{\{`).FindString(w.Body.String()); found != "" {
 			t.Errorf("%s has %q in it", path, found)
 		}
-		for _, want := range []string{defaultPlayer, defaultIntegrity} {
-			if !strings.Contains(w.Body.String(), `"`+want+`"`) {
-				t.Errorf("%s has not %s in it", path, want)
+		for _, p := range []player{defaultPlayers.jsmpeg, defaultPlayers.mpegts} {
+			if !strings.Contains(w.Body.String(), `"`+p.url+`"`) || !strings.Contains(w.Body.String(), `"`+p.integrity+`"`) {
+				t.Errorf("%s has not %+v in it", path, p)
 			}
 		}
 	}
@@ -86,48 +86,85 @@ func TestPlayerSetting(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	here, folder := filepath.Dir(self), t.TempDir()
+	files := func(jsmpeg, mpegts string) players { return players{player{file: jsmpeg}, player{file: mpegts}} }
+	urls := func(jsmpeg, mpegts string) players { return players{player{url: jsmpeg}, player{url: mpegts}} }
 	tests := []struct {
 		value string
-		want  player
+		want  players
 		ok    bool
 	}{
-		{"", player{url: defaultPlayer, integrity: defaultIntegrity}, true},
-		{"https://cdn.example/a.js?b", player{url: "https://cdn.example/a.js?b"}, true},
-		{"/opt/a.js", player{file: "/opt/a.js"}, true},
-		{"a.js", player{file: filepath.Join(filepath.Dir(self), "a.js")}, true},
-		{"ftp://cdn.example/a.js", player{}, false},
-		{"https:///a.js", player{}, false},
-		{"https://u:p@cdn.example/a.js", player{}, false},
-		{"https://cdn.example/a.js; script-src *", player{}, false},
-		{"https://cdn.example;script-src", player{}, false},
+		{"", defaultPlayers, true},
+		{"https://cdn.example/a.js?b", urls("https://cdn.example/a.js?b", "https://cdn.example/mpegts.js"), true},
+		{"https://cdn.example/c/mpegts.min.js?b", urls("https://cdn.example/c/"+jsmpegFile, "https://cdn.example/c/mpegts.min.js?b"), true},
+		{"https://cdn.example/c/", urls("https://cdn.example/c/"+jsmpegFile, "https://cdn.example/c/mpegts.js"), true},
+		{"https://cdn.example", urls("https://cdn.example/"+jsmpegFile, "https://cdn.example/mpegts.js"), true},
+		{"/opt/a.js", files("/opt/a.js", "/opt/mpegts.js"), true},
+		{"/opt/mpegts.js", files("/opt/"+jsmpegFile, "/opt/mpegts.js"), true},
+		{"a.js", files(filepath.Join(here, "a.js"), filepath.Join(here, "mpegts.js")), true},
+		{folder, files(filepath.Join(folder, jsmpegFile), filepath.Join(folder, "mpegts.js")), true},
+		{"ftp://cdn.example/a.js", players{}, false},
+		{"https:///a.js", players{}, false},
+		{"https://u:p@cdn.example/a.js", players{}, false},
+		{"https://cdn.example/a.js; script-src *", players{}, false},
+		{"https://cdn.example;script-src", players{}, false},
 	}
 	for _, tt := range tests {
-		if got, ok := newPlayer(tt.value); ok != tt.ok || ok && got != tt.want {
+		if got, ok := newPlayers(tt.value); ok != tt.ok || ok && got != tt.want {
 			t.Errorf("%q: got %+v, %v, want %+v, %v", tt.value, got, ok, tt.want, tt.ok)
 		}
 	}
 
-	name := filepath.Join(t.TempDir(), "player.js")
 	s := newTestServer(t, "")
-	for _, tt := range []struct{ name, file, want string }{
-		{"the default", "", `404 {"error":"VW_PLAYER: there is no such file"}`},
-		{"a file that is missing", name, `404 {"error":"VW_PLAYER: there is no such file"}`},
-		{"a folder", filepath.Dir(name), `404 {"error":"VW_PLAYER: there is no such file"}`},
-	} {
-		s.page.player.file = tt.file
-		if got := ask(s, "GET /player.js"); got != tt.want {
-			t.Errorf("%s: got %s, want %s", tt.name, got, tt.want)
+	const missing = `404 {"error":"VW_PLAYER: the file does not exist"}`
+	get := func(name, value, jsmpeg, mpegts string) {
+		t.Helper()
+		s.page.players, _ = newPlayers(value)
+		for request, want := range map[string]string{"GET /player.js": jsmpeg, "GET /mpegts.js": mpegts} {
+			if got := ask(s, request); got != want {
+				t.Errorf("%s: %s: got %s, want %s", name, request, got, want)
+			}
 		}
 	}
-	if err := os.WriteFile(name, []byte("JSMpeg"), 0o600); err != nil {
-		t.Fatal(err)
+	get("the default", "", missing, missing)
+	get("a file that does not exist", filepath.Join(folder, "no.js"), missing, missing)
+	get("an empty folder", folder, missing, missing)
+	for name, content := range map[string]string{jsmpegFile: "JSMpeg", "other.js": "another", mpegtsFile: "mpegts"} {
+		if err := os.WriteFile(filepath.Join(folder, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
-	s.page.player = player{file: name}
-	if got := ask(s, "GET /player.js"); got != "200 JSMpeg" {
-		t.Errorf("a file: got %s", got)
+	get("a folder", folder, "200 JSMpeg", "200 mpegts")
+	get("a file", filepath.Join(folder, "other.js"), "200 another", "200 mpegts")
+	get("the other file", filepath.Join(folder, mpegtsFile), "200 JSMpeg", "200 mpegts")
+	if got := ask(s, "GET /"); !strings.Contains(got, `data-jsmpeg="player.js" data-jsmpeg-hash="" data-mpegts="mpegts.js" data-mpegts-hash=""`) {
+		t.Errorf("the page has other players: %s", got)
 	}
-	if got := ask(s, "GET /"); !strings.Contains(got, `data-player="player.js" data-integrity=""`) {
-		t.Errorf("the page has another player: %s", got)
+}
+
+// TestWithoutComments: what is sent does what the source does.
+func TestWithoutComments(t *testing.T) {
+	for _, tt := range []struct{ name, source, want string }{
+		{"comments", "// a\n  // b\nx // c\n", "x // c\n"},
+		{"indentation", "  a {\n    b\n\n  }\n", "a {\nb\n}\n"},
+		{"a URL", "'http://x'\n", "'http://x'\n"},
+		{"no newline at the end", "  a", "a"},
+	} {
+		if got := string(withoutComments([]byte(tt.source))); got != tt.want {
+			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
+		}
+	}
+	// In a template literal of several lines, both would be part of the text.
+	for _, name := range []string{"page.js", "preview.js"} {
+		b, err := pageFiles.ReadFile("page/" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, line := range strings.Split(string(b), "\n") {
+			if !strings.HasPrefix(strings.TrimLeft(line, " "), "//") && strings.Count(line, "`")%2 != 0 {
+				t.Errorf("%s:%d: a template literal goes over the end of the line: %s", name, i+1, line)
+			}
+		}
 	}
 }
 
@@ -349,11 +386,10 @@ func (b pageBrowser) tap(t *testing.T, element string) {
 // submit fills in a form and sends it off.
 func (b pageBrowser) submit(t *testing.T, id string, fields ...string) {
 	t.Helper()
-	b.js(t, fmt.Sprintf("(document.getElementById(%q).closest('details') ?? {}).open = true", id))
 	for i := 0; i < len(fields); i += 2 {
 		b.js(t, fmt.Sprintf("document.getElementById(%q).elements[%q].value = %q", id, fields[i], fields[i+1]))
 	}
-	b.tap(t, fmt.Sprintf("document.querySelector('#%s button')", id))
+	b.tap(t, fmt.Sprintf("document.querySelector('#%s button:not([type])')", id))
 }
 
 // look leaves pictures of the whole page among the artifacts, for a phone and
@@ -374,18 +410,24 @@ func (b pageBrowser) look(t *testing.T, name string) {
 	}
 }
 
-// npmPlayer is the file of JSMpeg in its npm package.
-func npmPlayer(t *testing.T) string {
+// npmPlayers is a folder of both players, from their npm packages.
+func npmPlayers(t *testing.T) string {
 	t.Helper()
 	needs(t, "npm")
 	if out, err := exec.Command("testdata/player/install.sh").CombinedOutput(); err != nil {
-		t.Fatalf("install JSMpeg: %v\n%s", err, out)
+		t.Fatalf("install the players: %v\n%s", err, out)
 	}
-	name, err := filepath.Abs("testdata/player/node_modules/@cycjimmy/jsmpeg-player/dist/jsmpeg-player.umd.min.js")
-	if err != nil {
-		t.Fatal(err)
+	folder := t.TempDir()
+	for _, name := range []string{"@cycjimmy/jsmpeg-player/dist/" + jsmpegFile, "mpegts.js/dist/" + mpegtsFile} {
+		from, err := filepath.Abs(filepath.Join("testdata/player/node_modules", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(from, filepath.Join(folder, filepath.Base(name))); err != nil {
+			t.Fatal(err)
+		}
 	}
-	return name
+	return folder
 }
 
 // Elements of the page, as expressions.
@@ -393,16 +435,30 @@ func row(list, key string) string {
 	return fmt.Sprintf("document.querySelector('#%s > [data-key=%q]')", list, key)
 }
 
-func part(row, class string) string { return row + "?.querySelector('." + class + "')" }
+func destinationRow(id string) string {
+	return fmt.Sprintf("document.querySelector('.destinations > [data-key=%q]')", id)
+}
+
+func switchOf(stream, feed string) string {
+	return row("streams", stream) + fmt.Sprintf(".querySelector('.switch[data-key=%q]')", feed)
+}
+
+func kindSwitch(kind string) string {
+	return "document.querySelector('#room [data-kind=" + kind + "]')"
+}
+
+// part is what the class names in a row, and not in a row within it.
+func part(row, class string) string { return "((r) => r && part(r, '" + class + "'))(" + row + ")" }
 
 // TestPage: everything that the page is for, in a browser, with real ffmpegs
 // and a relay that is not ours.
 func TestPage(t *testing.T) {
 	t.Parallel()
-	v := startVW(t, "VW_PLAYER="+npmPlayer(t))
+	v := startVW(t, "VW_PLAYER="+npmPlayers(t))
 	b := pageBrowser{startBrowser(t)}
 	b.open(t, v.url+"/")
 	b.until(t, "live", "document.getElementById('link').textContent")
+	b.until(t, "true", "document.querySelector('#devices').textContent.includes('-f lavfi -i testsrc2')")
 	b.look(t, "empty")
 
 	s := &programStream{vw: v, relay: startRelay(t, "127.0.0.1:0")}
@@ -412,24 +468,34 @@ func TestPage(t *testing.T) {
 	for feed, codec := range map[string]string{"video0": "mpeg1video", "audio0": "mp2", "video1": "h264"} {
 		b.until(t, "live", part(row("feeds", feed), "state")+".textContent")
 		b.until(t, "true", part(row("feeds", feed), "rate")+".textContent.endsWith('bit/s')")
-		b.until(t, "true", part(row("feeds", feed), "detail")+".textContent.startsWith('"+codec+"')")
+		b.until(t, "true", part(row("feeds", feed), "tracks")+".textContent.startsWith('"+codec+"')")
 	}
-	if got := b.js(t, part(row("feeds", "audio0"), "publisher")+".textContent"); !strings.Contains(got, "<img src=x") {
+	if got := b.js(t, part(row("feeds", "audio0"), "more")+".textContent"); !strings.Contains(got, "<img src=x") {
 		t.Errorf("the publisher is %q, want its agent in it", got)
 	}
 	if got := b.js(t, "document.images.length"); got != "0" {
 		t.Errorf("the agent became %s elements", got)
 	}
+	b.until(t, "true", "document.getElementById('devices').hidden")
 
-	// Rules are added; what is refused is told beside the form.
-	b.submit(t, "addStream", "stream", "test", "feeds", "video0, audio0")
-	b.until(t, "audio0 video0", "["+row("streams", "stream/test")+"?.querySelectorAll('.switch[aria-checked=true]')].flatMap(l => [...l].map(e => e.dataset.key)).sort().join(' ')")
-	b.submit(t, "addDestination", "id", "0", "stream", "stream/test", "destination", "http://relay")
-	b.until(t, "true", "document.querySelector('#addDestination .error').textContent.includes('must be ws')")
+	// Rules are added, feeds and streams by a tap; what is refused is told
+	// beside the form, and the focus goes back to where it was.
+	b.tap(t, "document.getElementById('newStream')")
+	for _, feed := range []string{"video0", "audio0"} {
+		b.tap(t, "[...document.querySelectorAll('#stream-form .chips button')].find((e) => e.textContent === '"+feed+"')")
+	}
+	b.look(t, "new-stream")
+	b.submit(t, "stream-form", "stream", "test")
+	b.until(t, "true true", switchOf("stream/test", "video0")+".ariaChecked + ' ' + "+switchOf("stream/test", "audio0")+".ariaChecked")
+	b.until(t, "newStream", "document.activeElement.id")
+	b.tap(t, part(row("streams", "stream/test"), "send"))
+	b.submit(t, "destination-form", "destination", "http://relay")
+	b.until(t, "true", "document.querySelector('#destination-form .error').textContent.includes('must be ws')")
 	b.look(t, "refused")
-	b.submit(t, "addDestination", "destination", "ws://u:hidden@"+s.relay.addr+"/in/test?code=hidden")
-	destination := row("destinations", "0")
+	b.submit(t, "destination-form", "destination", "ws://u:hidden@"+s.relay.addr+"/in/test?code=hidden")
+	destination := destinationRow("0")
 	b.until(t, "open", part(destination, "state")+".textContent")
+	b.until(t, "true", "document.activeElement === "+part(row("streams", "stream/test"), "send"))
 	if got := b.js(t, "document.body.textContent.includes('hidden')"); got != "false" {
 		t.Errorf("the password or query of a relay is on the page")
 	}
@@ -448,11 +514,9 @@ func TestPage(t *testing.T) {
 	rule := func() string { return v.call(t, 200, "GET", "/api/streams/stream/test", "") }
 	const video, audio = 0, 1
 	grow(audio, 20)
-	switchOf := func(feed string) string {
-		return row("streams", "stream/test") + fmt.Sprintf(".querySelector('[data-key=%s]')", feed)
-	}
-	b.tap(t, switchOf("audio0"))
-	b.until(t, "false", switchOf("audio0")+".ariaChecked")
+	videoSwitch, audioSwitch := switchOf("stream/test", "video0"), switchOf("stream/test", "audio0")
+	b.tap(t, audioSwitch)
+	b.until(t, "false", audioSwitch+".ariaChecked")
 	if got := rule(); got != `["video0"]` {
 		t.Errorf("muted: the rule is %s, want video0 alone", got)
 	}
@@ -463,56 +527,36 @@ func TestPage(t *testing.T) {
 		t.Errorf("the relay got %d frames of sound after the mute", got-silent)
 	}
 	b.look(t, "muted")
-	b.tap(t, switchOf("audio0"))
-	b.until(t, "true", switchOf("audio0")+".ariaChecked")
+	b.tap(t, audioSwitch)
+	b.until(t, "true", audioSwitch+".ariaChecked")
 	grow(audio, 20)
-	b.tap(t, switchOf("video0"))
-	b.tap(t, switchOf("audio0")) // before the first is known to have worked
-	b.until(t, "false false", switchOf("video0")+".ariaChecked + ' ' + "+switchOf("audio0")+".ariaChecked")
+	b.tap(t, videoSwitch)
+	b.tap(t, audioSwitch) // before the first is known to have worked
+	b.until(t, "false false", videoSwitch+".ariaChecked + ' ' + "+audioSwitch+".ariaChecked")
 	if got := rule(); got != `[]` {
 		t.Errorf("both muted: the rule is %s, want none", got)
 	}
-	b.tap(t, switchOf("audio0"))
-	b.tap(t, switchOf("video0"))
-	b.until(t, "true true", switchOf("video0")+".ariaChecked + ' ' + "+switchOf("audio0")+".ariaChecked")
+	b.until(t, "open, all muted", part(destination, "state")+".textContent")
+	b.tap(t, audioSwitch)
+	b.tap(t, videoSwitch)
+	b.until(t, "true true", videoSwitch+".ariaChecked + ' ' + "+audioSwitch+".ariaChecked")
 	if got := rule(); got != `["video0","audio0"]` {
 		t.Errorf("heard again: the rule is %s, want it in its order", got)
 	}
 
-	// Preview of a stream, with sound at a tap.
-	// The browser checks the file against the hash that the CDN's must have.
-	const note = "document.querySelector('#preview .note').textContent"
-	b.js(t, fmt.Sprintf("document.body.dataset.integrity = %q", defaultIntegrity))
-	b.tap(t, part(row("streams", "stream/test"), "watch"))
-	b.until(t, "true", "watching.pictures > 50")
-	b.until(t, "true", "/ (2[0-9]|1[5-9]|30) pictures/.test(' ' + "+note+")")
-	b.look(t, "preview")
-	b.tap(t, "document.querySelector('#preview .sound')")
-	b.until(t, "true", "watching.sound && watching.sounds > 50 && watching.pictures > 25")
-	var clip struct{ X, Y, Width, Height, Scale float64 }
-	b.evaluate(t, "(() => { const {x, y, width, height} = document.querySelector('canvas').getBoundingClientRect(); return {x, y: y + scrollY, width, height, scale: 1}; })()", &clip)
-	picture := b.capture(t, "canvas.png", map[string]any{"clip": map[string]any{"x": clip.X, "y": clip.Y, "width": clip.Width, "height": clip.Height, "scale": 1}})
-	if got := bars(picture); got < 0.65 {
-		t.Errorf("%.2f of the bars from red to cyan are as they should be, want at least 0.65", got)
-	}
-	b.tap(t, part(row("feeds", "audio0"), "watch"))
-	b.until(t, "Sound is off.", note)
-	b.tap(t, "document.querySelector('#preview .sound')")
-	b.until(t, "true", "watching.sounds > 20")
-	b.tap(t, part(row("feeds", "video1"), "watch"))
-	b.until(t, "true", note+".startsWith('This is h264')")
-	if got, want := b.js(t, "document.querySelector('.ffplay').textContent"), "ffplay -fflags nobuffer -analyzeduration 1000000 "+v.url+"/ts/video1"; got != want {
-		t.Errorf("the line is %q, want %q", got, want)
-	}
-	b.look(t, "h264")
-	b.tap(t, "document.querySelector('#preview .close')")
-
 	// A relay that dies shows as such, with its reason.
 	s.relay.kill(t)
 	died := time.Now()
-	b.until(t, "true", part(destination, "state")+".textContent !== 'open' && "+part(destination, "reason")+".textContent.includes('refused')")
+	b.until(t, "true", part(destination, "state")+".textContent !== 'open' && "+destination+".textContent.includes('refused')")
 	t.Logf("the relay's death showed after %.1f s: %s", time.Since(died).Seconds(), b.js(t, part(destination, "reason")+".textContent"))
 	b.look(t, "dead")
+
+	// It is changed, with what is secret kept.
+	b.tap(t, part(destination, "change"))
+	b.until(t, "ws://***@"+s.relay.addr+"/in/test?code=hidden", "document.querySelector('#destination-form').elements.destination.value")
+	b.submit(t, "destination-form", "stream", "video0")
+	b.until(t, "null", row("streams", "stream/test")+".querySelector('.destinations > li')")
+	b.until(t, "0", part(row("feeds", "video0"), "destinations")+".children[0].dataset.key")
 
 	// Deleting takes two taps.
 	b.tap(t, part(destination, "delete"))
@@ -522,9 +566,15 @@ func TestPage(t *testing.T) {
 	if got := v.call(t, 200, "GET", "/api/destinations/all", ""); got != "{}" {
 		t.Errorf("deleted: got %s, want none", got)
 	}
-	// What a rule was refused with, what Chromium thinks of WebGL without a GPU,
-	// and taps that come before a preview is connected.
-	known := regexp.MustCompile(`status of 400|"source":"rendering"|closed before the connection is established`)
+	b.quiet(t, "status of 400") // what a rule was refused with
+}
+
+// quiet checks that the console says nothing but what is expected, what
+// Chromium thinks of WebGL without a GPU, and of taps that come before a
+// preview is connected.
+func (b pageBrowser) quiet(t *testing.T, expected ...string) {
+	t.Helper()
+	known := regexp.MustCompile(strings.Join(append(expected, `"source":"rendering"`, "closed before the connection is established"), "|"))
 	for _, line := range b.console {
 		if !known.MatchString(line) {
 			t.Errorf("console: %s", line)
@@ -532,52 +582,201 @@ func TestPage(t *testing.T) {
 	}
 }
 
-// TestPageDestinations: how a destination is, in words and in colour: green is
-// only what sends something, and what helps stands before what Go says.
-func TestPageDestinations(t *testing.T) {
+// TestPagePreview: every codec that can be played, alone and in streams, with
+// sound at a tap, through a mute, a restart and a lost connection.
+func TestPagePreview(t *testing.T) {
 	t.Parallel()
+	v := startVW(t, "VW_PLAYER="+npmPlayers(t))
+	b := pageBrowser{startBrowser(t)}
+	b.open(t, v.url+"/")
+	start := func(feed string, args ...[]string) *process {
+		return startFFmpeg(t, slices.Concat(realTime, slices.Concat(args...)), []string{v.url + "/ts/" + feed})
+	}
+	start("mpeg1", videoInput, videoCodec)
+	start("mp2", audioInput, audioCodec)
+	h264 := start("h264", videoInput, liveCodec)
+	start("aac", audioInput, aacCodec)
+	start("hevc", testPicture("160x120"), []string{"-f", "mpegts", "-codec:v", "libx265", "-preset", "ultrafast", "-x265-params", "log-level=none"})
+	for name, feeds := range map[string]string{"old": `"mpeg1","mp2"`, "new": `"h264","aac"`, "mixed": `"h264","mp2"`, "two": `"mpeg1","h264","mp2","aac"`} {
+		v.call(t, 200, "POST", "/api/streams", fmt.Sprintf(`{"stream":"stream/%s","feeds":[%s]}`, name, feeds))
+	}
+	for _, feed := range []string{"mpeg1", "mp2", "h264", "aac", "hevc"} {
+		b.until(t, "live", part(row("feeds", feed), "state")+".textContent")
+	}
+
+	// The browser checks the files against the hashes that the CDN's must have.
+	b.js(t, fmt.Sprintf("Object.assign(document.body.dataset, {jsmpegHash: %q, mpegtsHash: %q})", defaultPlayers.jsmpeg.integrity, defaultPlayers.mpegts.integrity))
+	const note = "document.querySelector('#preview .note').textContent"
+	const sound = "document.querySelector('#preview .sound')"
+	watch := func(name string) {
+		t.Helper()
+		list := "feeds"
+		if isStream(name) {
+			list = "streams"
+		}
+		b.tap(t, part(row(list, name), "watch"))
+		b.until(t, name, "watching?.name")
+	}
+	const pictures = "/(^| )(2[0-9]|1[5-9]|30) pictures/.test(" + note + ")"
+	for _, name := range []string{"stream/old", "stream/new", "stream/mixed", "stream/two"} {
+		watch(name)
+		b.until(t, "true", "watching.pictures > 50")
+		b.until(t, "true", pictures)
+		b.tap(t, sound)
+		b.until(t, "true", "watching.sound && watching.sounds > 50 && watching.pictures > 25")
+		b.until(t, "true", pictures+" && (watching.behind ?? 0) < 1")
+		clip := map[string]any{}
+		b.evaluate(t, "(() => { const {x, y, width, height} = document.querySelector('.screen > :first-child').getBoundingClientRect(); return {x, y: y + scrollY, width, height, scale: 1}; })()", &clip)
+		if got := bars(b.capture(t, filepath.Base(name)+".png", map[string]any{"clip": clip})); got < 0.65 {
+			t.Errorf("%s: %.2f of the bars from red to cyan are as they should be, want at least 0.65", name, got)
+		}
+	}
+	b.look(t, "preview")
+	watch("hevc")
+	b.until(t, "true", "document.querySelector('.cover').textContent === (canPlay('hevc') ? '' : \"This browser's preview cannot play hevc.\")")
+	if got, want := b.js(t, "document.querySelector('.ffplay').textContent"), "ffplay -fflags nobuffer -analyzeduration 1000000 "+v.url+"/ts/hevc"; got != want {
+		t.Errorf("the line is %q, want %q", got, want)
+	}
+	b.look(t, "hevc")
+	for _, feed := range []string{"mp2", "aac"} {
+		watch(feed)
+		b.until(t, "Sound is off", note)
+		b.tap(t, sound)
+		b.until(t, "true", "watching.sounds > 20")
+		b.until(t, "Sound alone.", "document.querySelector('.cover').textContent")
+	}
+
+	// Recovery, in a stream that mpegts.js plays.
+	watch("stream/new")
+	b.until(t, "true", pictures)
+	tap := func(feed string) { b.tap(t, switchOf("stream/new", feed)) }
+	tap("aac")
+	b.until(t, "false", switchOf("stream/new", "aac")+".ariaChecked")
+	b.until(t, "true", pictures+" && "+note+".includes('Muted in this stream: aac')")
+	tap("h264")
+	b.until(t, "Muted in this stream: aac, h264.", "document.querySelector('.cover').textContent")
+	b.until(t, "0", "document.querySelectorAll('video').length") // no last picture
+	tap("h264")
+	tap("aac")
+	b.until(t, "true", pictures+" && !"+note+".includes('Muted')")
+	h264.kill(t)
+	b.until(t, "0", "document.querySelectorAll('video').length")
+	start("h264", videoInput, liveCodec)
+	b.until(t, "true", pictures)
+	b.js(t, "watching.socket.close(), watching.old = true") // as a proxy does
+	b.until(t, "true", "!watching.old && "+pictures)
+	b.tap(t, "document.querySelector('#preview .close')")
+	b.until(t, "true", "document.getElementById('preview').hidden && document.activeElement === "+part(row("streams", "stream/new"), "watch"))
+	b.quiet(t)
+}
+
+// TestPageLive: H.264 and AAC of two ffmpegs, 30 s long: every picture, sound,
+// and never a second behind.
+func TestPageLive(t *testing.T) {
+	t.Parallel()
+	v := startVW(t, "VW_PLAYER="+npmPlayers(t))
+	startFFmpeg(t, realTime, videoInput, liveCodec, []string{v.url + "/ts/video0"})
+	startFFmpeg(t, realTime, audioInput, aacCodec, []string{v.url + "/ts/audio0"})
+	v.call(t, 200, "POST", "/api/streams", `{"stream":"stream/a","feeds":["video0","audio0"]}`)
+	b := pageBrowser{startBrowser(t)}
+	b.open(t, v.url+"/")
+	b.until(t, "live", part(row("feeds", "video0"), "state")+".textContent")
+	b.until(t, "live", part(row("feeds", "audio0"), "state")+".textContent")
+	b.tap(t, part(row("streams", "stream/a"), "watch"))
+	b.until(t, "true", "watching.pictures > 25")
+	b.tap(t, "document.querySelector('#preview .sound')")
+	b.js(t, `window.log = {behind: [], from: watching.pictures, heard: watching.element.webkitAudioDecodedByteCount, at: performance.now()},
+		setInterval(() => log.behind.push(watching.behind), 1000)`)
+	time.Sleep(30 * time.Second)
+	var got struct {
+		Behind                []float64
+		Pictures, Heard, Took float64
+		Rate                  float64
+	}
+	b.evaluate(t, `({behind: log.behind, pictures: watching.pictures - log.from, took: (performance.now() - log.at) / 1000,
+		heard: watching.element.webkitAudioDecodedByteCount - log.heard, rate: watching.element.playbackRate})`, &got)
+	t.Logf("in %.1f s: %.0f pictures, %.0f bytes of sound, %.2f to %.2f s behind", got.Took, got.Pictures, got.Heard, slices.Min(got.Behind), slices.Max(got.Behind))
+	if got.Pictures < 0.9*25*got.Took || got.Heard < 1000*got.Took || slices.Max(got.Behind) >= 1 {
+		t.Errorf("got %+v, want 25 pictures/s, sound, and less than 1 s behind", got)
+	}
+	b.quiet(t)
+}
+
+// fakePage shows the page what a test wants it to be told, and keeps what it
+// asks the API for in asked.
+func fakePage(t *testing.T) pageBrowser {
+	t.Helper()
 	v := startVW(t)
 	b := pageBrowser{startBrowser(t)}
 	b.open(t, v.url+"/")
 	b.until(t, "live", "document.getElementById('link').textContent")
-	b.js(t, "source.close(), clearTimeout(overdue)") // what follows is ours
-	b.js(t, `window.colour = (e, name) => {
-		const probe = document.body.appendChild(document.createElement('i'));
-		probe.style.color = 'var(--' + name + ')';
-		const same = getComputedStyle(e).color === getComputedStyle(probe).color;
-		probe.remove();
-		return same;
-	}`)
-	const all = `{version: 'v', uptime: 1, feeds: {
-		video0: {state: 'live', publisher: {remote: 'r', agent: '', since: 0}, tracks: []},
-		video1: {state: 'absent', publisher: null, tracks: []}},
-	streams: {
-		'stream/a': {feeds: ['video0'], present: ['video0'], muted: []},
-		'stream/absent': {feeds: ['video1'], present: [], muted: []},
-		'stream/empty': {feeds: [], present: [], muted: []},
-		'stream/muted': {feeds: [], present: [], muted: ['video0']}},
-	destinations: {x: {id: 'x', destination: 'ws://relay', since: 0, bytes: 0, %s}}}`
-	for _, tt := range []struct{ name, destination, state, colour, reason, raw string }{
-		{"a stream", "stream: 'stream/a', state: 'open'", "open", "good", "", ""},
-		{"a feed", "stream: 'video0', state: 'open'", "open", "good", "", ""},
-		{"no such stream", "stream: 'stream/b', state: 'open'", "no such stream", "warn", "", ""},
-		{"no such feed", "stream: 'video9', state: 'open'", "open, not published", "warn", "", ""},
-		{"a feed that left", "stream: 'video1', state: 'open'", "open, not published", "warn", "", ""},
-		{"a stream whose feeds left", "stream: 'stream/absent', state: 'open'", "open, not published", "warn", "", ""},
-		{"a stream without feeds", "stream: 'stream/empty', state: 'open'", "open, no feeds", "warn", "", ""},
-		{"a muted stream", "stream: 'stream/muted', state: 'open'", "open, all muted", "warn", "", ""},
-		{"the control link", "id: 'apiRule', stream: 'api', state: 'open'", "open", "good", "", ""},
-		{"an error", "stream: 'video0', state: 'waiting', error: 'dial: no'", "waiting", "bad", "dial: no", ""},
-		{"advice", "stream: 'video0', state: 'waiting', error: 'dial: no', advice: 'Nothing listens.'", "waiting", "bad", "Nothing listens.", "dial: no"},
-		{"advice of the past", "stream: 'video0', state: 'open', error: 'dial: no', advice: 'Nothing listens.'", "open", "good", "", "Last error: dial: no"},
+	b.js(t, `(() => {
+		source.close();
+		clearTimeout(overdue);
+		window.asked = [];
+		window.answer = {};
+		call = async (method, path, body) => {
+			if (path === 'api/stats') return stats;
+			asked.push(method + ' ' + path + (body ? ' ' + JSON.stringify(body) : ''));
+			return answer;
+		};
+		window.colour = (e, name) => {
+			const probe = document.body.appendChild(document.createElement('i'));
+			probe.style.color = 'var(--' + name + ')';
+			const same = getComputedStyle(e).color === getComputedStyle(probe).color;
+			probe.remove();
+			return same;
+		};
+		window.fake = (mute, destinations) => show({version: 'v', uptime: 1, mute, destinations, feeds: {
+			audio0: {state: 'live', publisher: {remote: 'r', agent: '', since: 1}, tracks: [{pid: 256, codec: 'mp2', kind: 'audio'}]},
+			video0: {state: 'live', publisher: {remote: 'r', agent: '', since: 1}, tracks: [{pid: 256, codec: 'h264', kind: 'video'}]},
+			data0: {state: 'live', publisher: {remote: 'r', agent: '', since: 1}, tracks: [{pid: 256, codec: '0x06', kind: 'data'}]},
+			video1: {state: 'absent', publisher: null, tracks: []}},
+		streams: {
+			'stream/a': {feeds: ['video0', 'audio0'], present: ['video0', 'audio0'], muted: []},
+			'stream/absent': {feeds: ['video1'], present: [], muted: []},
+			'stream/empty': {feeds: [], present: [], muted: []},
+			'stream/muted': {feeds: [], present: [], muted: ['video0']}}});
+	})()`)
+	return b
+}
+
+// TestPageDestinations: how a destination is, in words and in colour: green is
+// only what sends something, and what helps stands before what Go says.
+func TestPageDestinations(t *testing.T) {
+	t.Parallel()
+	b := fakePage(t)
+	for _, tt := range []struct{ name, mute, destination, state, colour, reason, raw string }{
+		{"a stream", "", "stream: 'stream/a', state: 'open'", "open", "good", "", ""},
+		{"a feed", "", "stream: 'video0', state: 'open'", "open", "good", "", ""},
+		{"no such stream", "", "stream: 'stream/b', state: 'open'", "no such stream", "warn", "", ""},
+		{"no such feed", "", "stream: 'video9', state: 'open'", "open, not published", "warn", "", ""},
+		{"a feed that left", "", "stream: 'video1', state: 'open'", "open, not published", "warn", "", ""},
+		{"a stream whose feeds left", "", "stream: 'stream/absent', state: 'open'", "open, not published", "warn", "", ""},
+		{"a stream without feeds", "", "stream: 'stream/empty', state: 'open'", "open, no feeds", "warn", "", ""},
+		{"a muted stream", "", "stream: 'stream/muted', state: 'open'", "open, all muted", "warn", "", ""},
+		{"a stream, sound muted", "audio: true", "stream: 'stream/a', state: 'open'", "open, sound muted", "good", "", ""},
+		{"a stream, all muted", "audio: true, video: true", "stream: 'stream/a', state: 'open'", "open, all muted", "warn", "", ""},
+		{"picture, sound muted", "audio: true", "stream: 'video0', state: 'open'", "open", "good", "", ""},
+		{"picture, picture muted", "video: true", "stream: 'video0', state: 'open'", "open, all muted", "warn", "", ""},
+		{"data, sound muted", "audio: true", "stream: 'data0', state: 'open'", "open, all muted", "warn", "", ""},
+		{"the control link", "audio: true, video: true", "id: 'apiRule', stream: 'api', state: 'open'", "open", "good", "", ""},
+		{"an error", "", "stream: 'video0', state: 'waiting', error: 'dial: no'", "waiting", "bad", "dial: no", ""},
+		{"advice", "", "stream: 'video0', state: 'waiting', error: 'dial: no', advice: 'Nothing listens.'", "waiting", "bad", "Nothing listens.", "dial: no"},
+		{"advice of the past", "", "stream: 'video0', state: 'open', error: 'dial: no', advice: 'Nothing listens.'", "open", "good", "", "Last error: dial: no"},
 	} {
-		b.js(t, "show("+fmt.Sprintf(all, tt.destination)+")")
-		x := row("destinations", "x")
+		id := "x"
+		if strings.Contains(tt.destination, "apiRule") {
+			id = "apiRule"
+		}
+		b.js(t, fmt.Sprintf("fake({%s}, {%s: {id: 'x', destination: 'ws://relay', since: 0, bytes: 0, %s}})", tt.mute, id, tt.destination))
+		x := destinationRow(id)
 		for what, want := range map[string]string{
-			part(x, "state") + ".textContent":                       tt.state,
-			part(x, "reason") + ".textContent":                      tt.reason,
-			part(x, "raw") + ".textContent":                         tt.raw,
-			"colour(" + part(x, "state") + ", '" + tt.colour + "')": "true",
+			part(x, "state") + ".textContent":                                 tt.state,
+			part(x, "reason") + ".textContent":                                tt.reason,
+			part(x, "raw") + ".textContent":                                   tt.raw,
+			"colour(" + part(x, "state") + ", '" + tt.colour + "')":           "true",
+			part(x, "delete") + ".hidden && " + part(x, "change") + ".hidden": fmt.Sprint(id == "apiRule"),
 		} {
 			if got := b.js(t, what); got != want {
 				t.Errorf("%s: %s: got %q, want %q", tt.name, what, got, want)
@@ -585,9 +784,147 @@ func TestPageDestinations(t *testing.T) {
 		}
 	}
 	b.look(t, "advice")
-	if got, want := b.js(t, "[...document.querySelectorAll('#feeds .watch')].map((e) => e.ariaLabel).join()"), "Preview video0,Preview video1"; got != want {
-		t.Errorf("the buttons are named %s, want %s", got, want)
+	// What reads alike is named apart.
+	if got := b.js(t, `(() => {
+		const names = [...document.querySelectorAll('main button')].filter((e) => e.checkVisibility()).map((e) => e.ariaLabel ?? e.textContent);
+		return names.filter((n, i) => names.indexOf(n) !== i && !/^(video|audio)\d/.test(n));
+	})()`); got != "" {
+		t.Errorf("several buttons are named %s", got)
 	}
+}
+
+// TestPageMute: the two switches say what is muted, by whom and since when, and
+// ask for no more than what was pressed.
+func TestPageMute(t *testing.T) {
+	t.Parallel()
+	b := fakePage(t)
+	const open = "{x: {id: 'x', stream: 'stream/a', destination: 'ws://relay', state: 'open', since: 0, bytes: 0}}"
+	const at = "new Date(2026, 0, 2, 9, 5)"
+	for _, tt := range []struct{ name, mute, destinations, leaves, audio, video, title string }{
+		{"nothing", "audio: false, video: false", open, "Nothing is muted", "Sound goes to 1 relay", "Picture goes to 1 relay", "vw"},
+		{"nothing, no relay", "audio: false, video: false", "{}", "Nothing is muted", "Sound is not muted", "Picture is not muted", "vw"},
+		{"sound, here", "audio: true, video: false", open, "No sound leaves this room", "Sound is muted, by you", "Picture goes to 1 relay", "vw: sound muted"},
+		{"sound, here, named", "audio: true, video: false, by: {audio: ['here']}", open, "No sound leaves this room", "Sound is muted, by you", "Picture goes to 1 relay", "vw: sound muted"},
+		{"sound, from afar", "audio: true, video: false, by: {audio: ['control']}", open, "No sound leaves this room", "Sound is muted, from the control link", "Picture goes to 1 relay", "vw: sound muted"},
+		{"sound, by both", "audio: true, video: false, by: {audio: ['here', 'control']}", open, "No sound leaves this room", "Sound is muted, by you and from the control link", "Picture goes to 1 relay", "vw: sound muted"},
+		{"picture, since", "audio: false, video: true, since: {video: " + at + "}", open, "No picture leaves this room", "Sound goes to 1 relay", "Picture is muted, by you, since 1/2/2026 9:05 AM", "vw: picture muted"},
+		{"all", "audio: true, video: true", open, "Nothing leaves this room", "Sound is muted, by you", "Picture is muted, by you", "vw: sound and picture muted"},
+	} {
+		b.js(t, fmt.Sprintf("fake({%s}, %s)", tt.mute, tt.destinations))
+		for what, want := range map[string]string{
+			"document.querySelector('.leaves').textContent": tt.leaves,
+			kindSwitch("audio") + ".textContent":            tt.audio,
+			kindSwitch("video") + ".textContent":            tt.video,
+			kindSwitch("audio") + ".ariaChecked":            fmt.Sprint(!strings.Contains(tt.mute, "audio: true")),
+			kindSwitch("video") + ".ariaChecked":            fmt.Sprint(!strings.Contains(tt.mute, "video: true")),
+			"document.title":                                tt.title,
+		} {
+			if got := strings.ReplaceAll(b.js(t, what), "\u202f", " "); got != want {
+				t.Errorf("%s: %s: got %q, want %q", tt.name, what, got, want)
+			}
+		}
+	}
+
+	for _, tt := range []struct {
+		name, mute string
+		taps       int // negative: each long after the one before
+		want       string
+	}{
+		{"mute", "audio: false, video: false", 1, `PUT api/mute {"audio":true}`},
+		{"lift", "audio: true, video: true", 1, `PUT api/mute {"audio":false}`},
+		{"a double tap mutes", "audio: false, video: false", 2, `PUT api/mute {"audio":true}`},
+		{"control's takes two taps", "audio: true, video: false, by: {audio: ['control']}", 1, ""},
+		{"control's, a double tap", "audio: true, video: false, by: {audio: ['control']}", 2, ""},
+		{"control's, lifted", "audio: true, video: false, by: {audio: ['control']}", -2, `PUT api/mute {"audio":false,"control":false}`},
+	} {
+		b.js(t, fmt.Sprintf("(asked.length = 0, answer = {}, fake({%s}, {}), changed.audio.at = 0)", tt.mute)) // long ago
+		b.js(t, "answer = {audio: !stats.mute.audio, video: stats.mute.video}")
+		for range max(tt.taps, -tt.taps) {
+			if tt.taps < 0 {
+				b.js(t, "changed.audio.at = 0")
+			}
+			b.tap(t, kindSwitch("audio"))
+		}
+		if got := b.js(t, "asked.join()"); got != tt.want {
+			t.Errorf("%s: the page asked for %q, want %q", tt.name, got, tt.want)
+		}
+		b.js(t, "document.activeElement.blur()")
+	}
+	// Who taps to mute what somebody else has muted in this moment lifts nothing.
+	b.js(t, "(asked.length = 0, fake({audio: false, video: false}, {}), fake({audio: true, video: false}, {}))")
+	b.tap(t, kindSwitch("audio"))
+	if got := b.js(t, "asked.join()"); got != "" {
+		t.Errorf("a tap as it changed: the page asked for %q, want nothing", got)
+	}
+	// The switches are in view and large, wherever the page is scrolled to.
+	b.call(t, "Emulation.setDeviceMetricsOverride", map[string]any{"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": true}, nil)
+	if got := b.js(t, `(() => {
+		scrollTo(0, document.body.scrollHeight);
+		return [...document.querySelectorAll('.kinds button')].every((e) => {
+			const r = e.getBoundingClientRect();
+			return scrollY > 100 && r.top >= 0 && r.bottom < 200 && r.height >= 48 && r.width > 150;
+		});
+	})()`); got != "true" {
+		t.Errorf("scrolled down, the switches are out of view, or small")
+	}
+	// Without a connection nothing is claimed.
+	b.js(t, "disconnected('no connection')")
+	if got := b.js(t, "document.querySelector('#room').textContent"); strings.Contains(got, "is muted") || !strings.Contains(got, "not known") {
+		t.Errorf("without a connection the page says %q", got)
+	}
+	b.look(t, "mute")
+}
+
+// TestPageWindows: seven windows of the page are as live as one, though a
+// browser has six connections to a host; when the one that listens is closed,
+// another one does.
+func TestPageWindows(t *testing.T) {
+	t.Parallel()
+	v := startVW(t)
+	b := pageBrowser{startBrowser(t)}
+	var sessions []string
+	for range 7 {
+		b.open(t, v.url+"/")
+		sessions = append(sessions, b.session)
+		b.until(t, "false", "document.hidden")
+		b.until(t, "live", "document.getElementById('link').textContent")
+	}
+	listeners := func(want string) {
+		t.Helper()
+		eventually(t, startupTime, func() error {
+			n := 0
+			for i := range sessions {
+				b.session = sessions[i]
+				if b.js(t, "!!source") == "true" {
+					n++
+				}
+			}
+			if got := fmt.Sprint(n); got != want {
+				return fmt.Errorf("%s windows listen, want %s", got, want)
+			}
+			return nil
+		})
+	}
+	fresh := func() {
+		t.Helper()
+		for i := range sessions {
+			b.session = sessions[i]
+			at := b.js(t, "stats.uptime")
+			b.until(t, "true", "stats.uptime > "+at+" && !stale")
+		}
+	}
+	listeners("1")
+	fresh()
+	for i := range sessions {
+		b.session = sessions[i]
+		if b.js(t, "!!source") == "true" {
+			b.call(t, "Page.close", nil, nil)
+			sessions = slices.Delete(sessions, i, i+1)
+			break
+		}
+	}
+	listeners("1")
+	fresh()
 }
 
 // TestPageDeadRelay: a relay that stops answering, its connection still open,
@@ -600,7 +937,7 @@ func TestPageDeadRelay(t *testing.T) {
 	v.send(t, "0", "video0", "ws://"+relay.addr+"/in/test")
 	b := pageBrowser{startBrowser(t)}
 	b.open(t, v.url+"/")
-	destination := row("destinations", "0")
+	destination := destinationRow("0")
 	b.until(t, "open", part(destination, "state")+".textContent")
 	b.until(t, "true", part(destination, "rate")+".textContent.endsWith('bit/s')")
 	stopped := time.Now()
@@ -614,7 +951,7 @@ func TestPageDeadRelay(t *testing.T) {
 // VW_PLAYER says.
 func TestPagePlayerURL(t *testing.T) {
 	t.Parallel()
-	elsewhere := httptest.NewServer(http.FileServer(http.Dir(filepath.Dir(npmPlayer(t)))))
+	elsewhere := httptest.NewServer(http.FileServer(http.Dir(npmPlayers(t))))
 	t.Cleanup(elsewhere.Close)
 	v := startVW(t, "VW_PLAYER="+elsewhere.URL+"/jsmpeg-player.umd.min.js?x=1")
 	startFFmpeg(t, realTime, videoInput, videoCodec, []string{v.url + "/ts/video0"})
@@ -659,7 +996,7 @@ func TestPageSignIn(t *testing.T) {
 	b.js(t, "window.probe = new WebSocket(http.replace('http', 'ws') + 'out/video0')")
 	b.until(t, "1", "probe.readyState")
 	b.tap(t, part(row("feeds", "video0"), "watch"))
-	b.until(t, "true", "document.querySelector('#preview .note').textContent.includes('VW_PLAYER=')")
+	b.until(t, "true", "document.querySelector('#preview .cover').textContent.includes('VW_PLAYER=')")
 	b.look(t, "no-player")
 
 	// What the console was told of: two refusals of events and of the token,

@@ -397,7 +397,7 @@ func wholeFrames(t *testing.T, tp *tap) int {
 // at their rates, and shows the picture.
 func TestProgramPlayer(t *testing.T) {
 	watch := scaled(10*time.Second, 10*time.Second, 30*time.Second)
-	npmPlayer(t)
+	npmPlayers(t)
 	v := startVW(t)
 	v.call(t, http.StatusOK, "POST", "/api/streams", `{"stream":"stream/demo","feeds":["video0","audio0"]}`)
 	ffmpegs := []*process{

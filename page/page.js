@@ -23,49 +23,88 @@ async function call(method, path, body) {
 
 // ---- Live
 
-const patience = 6000; // ms without an event
-let source, overdue;
+// One window listens to vw and tells the others of this browser, which has six
+// connections to a host: each listener keeps one. Of two that listen the one
+// with the greater number stops.
 
-// listen follows the events, as long as somebody may look.
+const patience = 6000; // ms without an event, until the page says so
+const me = Math.random();
+const windows = new BroadcastChannel('vw');
+let source; // of events, in the window that listens
+let overdue; // runs when nothing was heard for too long
+let stats; // the last
+let stale = true; // stats may be of the past
+
 function listen() {
-  source?.close();
-  clearTimeout(overdue);
+  stopListening();
   if (document.hidden) return;
+  windows.postMessage({ ask: true });
+  after(150, lead); // unless another window answers
+}
+
+function stopListening() {
+  clearTimeout(overdue);
+  if (source) windows.postMessage({ left: true });
+  source?.close();
+  source = undefined;
+}
+
+function after(ms, f) {
+  clearTimeout(overdue);
+  overdue = setTimeout(f, ms);
+}
+
+function lead() {
+  source?.close();
   source = new EventSource('api/events');
+  // A phone that has changed its network is not told.
+  const lost = () => {
+    disconnected('no connection');
+    lead();
+  };
   source.onmessage = (e) => {
-    again();
-    show(JSON.parse(e.data));
+    const s = JSON.parse(e.data);
+    windows.postMessage({ from: me, stats: s });
+    after(patience, lost);
+    show(s);
   };
   source.onerror = async () => {
-    stale('no connection');
+    disconnected('no connection');
     try {
       await call('GET', 'api/stats'); // an EventSource does not tell why
     } catch (e) {
-      stale(e.message);
+      disconnected(e.message);
     }
   };
-  again();
+  after(patience, lost);
 }
 
-// again starts over when no event has come for a while: a phone that has
-// changed its network is not told.
-function again() {
-  clearTimeout(overdue);
-  overdue = setTimeout(() => {
-    stale('no connection');
-    listen();
-  }, patience);
-}
+windows.onmessage = ({ data }) => {
+  if (document.hidden) return;
+  if (data.ask) {
+    if (source && !stale) windows.postMessage({ from: me, stats });
+  } else if (data.left) {
+    if (!source) after(300 * Math.random(), lead);
+  } else {
+    if (source && data.from < me) {
+      source.close();
+      source = undefined;
+    }
+    if (!source) after(2500 + 1000 * Math.random(), lead);
+    show(data.stats);
+  }
+};
 
-function stale(why) {
+function disconnected(why) {
   if (!$('login').hidden) return;
+  stale = true;
   document.body.classList.add('stale');
   text($('link'), why);
+  if (stats) showRoom();
 }
 
 function askToken() {
-  source?.close();
-  clearTimeout(overdue);
+  stopListening();
   unwatch();
   $('main').hidden = true;
   $('login').hidden = false;
@@ -73,44 +112,44 @@ function askToken() {
   $('login').elements.token.focus();
 }
 
-form('login', async (f) => {
-  await call('POST', 'login', { token: f.token.value });
-  f.token.value = '';
-  $('login').hidden = true;
-  listen();
-});
-
 document.addEventListener('visibilitychange', () => {
-  const name = watching?.name, sound = watching?.sound;
+  const { name, sound, card } = watching ?? {};
   listen();
   if (document.hidden) {
     unwatch();
-    resume = name && (() => watch(name, sound));
+    resume = name && (() => watch(name, sound, card));
   } else {
     resume?.();
   }
 });
-let resume;
+addEventListener('pagehide', stopListening);
 
 // ---- Rows
-
-let stats; // the last
-const order = new Map(); // of a stream: its feeds as its rule had them, muted ones included
 
 function text(node, s) {
   if (node.textContent !== s) node.textContent = s;
 }
 
-// fill sets the text of the elements of a row, by their class.
-function fill(row, texts) {
-  for (const name in texts) text(row.querySelector('.' + name), texts[name]);
+// part is the element of a row, section or form that has the class, and is not
+// one of a row within it.
+function part(row, name) {
+  return [...row.querySelectorAll('.' + name)].find((e) => e.closest('[data-key], section, form') === row);
 }
 
-// label makes the name of a row's button differ from that of the others.
-function label(row, button, name) {
-  const b = row.querySelector('.' + button);
-  b.setAttribute('aria-label', `${b.textContent} ${name}`);
+// fill sets the text of the elements of a row, by their class.
+function fill(row, texts) {
+  for (const name in texts) text(part(row, name) ?? row.querySelector('.' + name), texts[name]);
 }
+
+// label makes the name of a row's button differ from those of the others.
+function label(row, button, name) {
+  const b = part(row, button);
+  b.setAttribute('aria-label', `${b.textContent} ${name}`);
+  return b;
+}
+
+// dots joins what there is to say.
+const dots = (...all) => all.filter(Boolean).join(' · ');
 
 // rows keeps one row of a list for each entry, in their order. A row stays the
 // same element, so that a tap or the focus is not lost; make is called once.
@@ -130,65 +169,178 @@ function rows(list, template, entries, make, update) {
   for (const row of old.values()) row.remove();
 }
 
+// tone sets the colour of a state.
+const tones = { live: 'good', open: 'good', absent: 'off', waiting: 'bad', refused: 'bad' };
+const tone = (row, state) => { row.dataset.tone = tones[state] ?? 'warn'; };
+
 const byName = (o) => Object.entries(o).sort(([a], [b]) => a.localeCompare(b, 'en', { numeric: true }));
+const isStream = (name) => name.startsWith('stream/');
 
 function show(s) {
   stats = s;
+  stale = false;
   document.body.classList.remove('stale');
   $('main').hidden = false;
-  text($('about'), `${s.version} · up ${span(s.uptime)}`);
-  text($('link'), 'live');
-  $('link').dataset.state = 'live';
-  rows($('feeds'), 'feed', byName(s.feeds), makeWatch, showFeed);
-  rows($('streams'), 'stream', byName(s.streams), makeStream, showStream);
-  rows($('destinations'), 'destination', byName(s.destinations), makeDestination, showDestination);
-  const names = Object.keys(s.streams).concat(Object.keys(s.feeds));
-  if (names.join() !== $('names').dataset.of) {
-    $('names').dataset.of = names.join();
-    $('names').replaceChildren(...names.map((n) => new Option(n)));
-  }
+  $('login').hidden = true;
+  // What a destination names has a card, be it there or not.
+  const named = (of) => Object.fromEntries(Object.values(s.destinations).filter((d) => d.id !== 'apiRule' && isStream(d.stream) === of).map((d) => [d.stream, null]));
+  showRoom();
+  rows($('streams'), 'stream', byName({ ...named(true), ...s.streams }), makeStream, showStream);
+  rows($('feeds'), 'feed', byName({ ...named(false), ...s.feeds }), makeWatch, showFeed);
+  const { apiRule } = s.destinations;
+  $('control').hidden = !apiRule;
+  rows($('control').querySelector('ul'), 'destination', apiRule ? [['apiRule', apiRule]] : [], () => {}, showDestination);
+  showDevices();
   if (watching) note();
 }
 
+// showDestinations fills the list of what goes where in the card of name.
+function showDestinations(row, name) {
+  const all = Object.entries(stats.destinations).filter(([id, d]) => d.stream === name && id !== 'apiRule');
+  rows(part(row, 'destinations'), 'destination', byName(Object.fromEntries(all)), makeDestination, showDestination);
+}
+
+// ---- What leaves the room
+
+const kinds = { audio: 'Sound', video: 'Picture' };
+const mutedKinds = () => Object.keys(kinds).filter((kind) => stats.mute?.[kind]);
+
+// tracksOf lists the tracks of a feed or stream, muted ones too.
+const tracksOf = (name) => (stats.streams[name]?.present ?? [name])
+  .flatMap((f) => (stats.feeds[f]?.tracks ?? []).map((t) => ({ ...t, since: stats.feeds[f].publisher?.since })));
+
+// isMuted tells whether nothing of some tracks leaves the room. While one kind
+// is muted, only what is known to be of the other passes.
+function isMuted(tracks) {
+  const muted = mutedKinds();
+  return muted.length === 2 || muted.length > 0 && tracks.length > 0 && tracks.every((t) => t.kind === 'data' || muted.includes(t.kind));
+}
+
+// by tells who has muted a kind.
+function by(kind) {
+  const hands = stats.mute.by?.[kind] ?? [];
+  const control = hands.includes('control') && 'from the control link';
+  const here = (!control || hands.includes('here')) && 'by you';
+  return [here, control].filter(Boolean).join(' and ');
+}
+
+function since(kind) {
+  const at = stats.mute.since?.[kind];
+  return at ? `, since ${clock(at, { hour: 'numeric', minute: '2-digit' })}` : '';
+}
+
+const muteText = (kind) => `${kinds[kind]} is muted, ${by(kind)}${since(kind)}.`;
+
+const changed = {}; // of each kind: whether it was muted, and when this page learned that
+
+function showRoom() {
+  const room = $('room'), muted = mutedKinds();
+  const all = Object.values(stats.destinations).filter((d) => d.id !== 'apiRule');
+  const open = all.filter((d) => d.state === 'open');
+  const words = muted.map((kind) => kinds[kind].toLowerCase()).join(' and ');
+  room.hidden = !stats.mute;
+  let leaves = muted.length === 2 ? 'Nothing leaves this room' : muted.length ? `No ${words} leaves this room` : 'Nothing is muted';
+  if (stale) leaves = 'What leaves this room is not known';
+  text(part(room, 'leaves'), leaves);
+  for (const button of room.querySelectorAll('[data-kind]')) {
+    const { kind } = button.dataset, is = !!stats.mute?.[kind];
+    if (changed[kind]?.is !== is) changed[kind] = { is, at: Date.now() };
+    const n = open.filter((d) => !idle(d) && tracksOf(d.stream).some((t) => t.kind === kind)).length;
+    button.setAttribute('aria-checked', !is);
+    let how = is ? `is muted, ${by(kind)}${since(kind)}` : n ? `goes to ${n} relay${n > 1 ? 's' : ''}` : 'is not muted';
+    if (stale) how = 'is not known: no connection';
+    else if (button.classList.contains('sure')) how = 'is muted from the control link: press again to lift that';
+    text(button.querySelector('.words'), how);
+  }
+  const silent = Object.values(stats.streams).reduce((n, st) => n + st.muted.length, 0);
+  text($('about'), dots(
+    `${Object.values(stats.feeds).filter((f) => f.publisher).length} feeds`, all.length && `${open.length}/${all.length} relays`,
+    muted.length && `${words} muted`, silent && `${silent} muted in streams`,
+  ));
+  $('about').title = stats.version;
+  if (!stale) text($('link'), 'live');
+  $('link').dataset.tone = 'good';
+  document.title = words ? `vw: ${words} muted` : 'vw';
+}
+
+// press mutes or lifts a kind. A press that lifts what was muted just now was
+// meant to mute it, or is the second of a double tap. What the control link has
+// muted takes two, one after the other.
+function press(button) {
+  const { kind } = button.dataset, { is, at } = changed[kind];
+  if (stale || button.ariaBusy === 'true' || is && Date.now() - at < 800) return;
+  const control = is && !!stats.mute.by?.[kind]?.includes('control');
+  const sure = button.classList.toggle('sure', control && !button.classList.contains('sure'));
+  changed[kind].at = Date.now();
+  if (sure) return showRoom();
+  attempt($('room'), button, async () => {
+    stats.mute = { ...stats.mute, ...await call('PUT', 'api/mute', { [kind]: !is, ...(control && { control: false }) }) };
+    showRoom();
+  });
+}
+
+for (const button of $('room').querySelectorAll('[data-kind]')) {
+  button.onclick = () => press(button);
+  button.onblur = () => {
+    button.classList.remove('sure');
+    if (stats) showRoom();
+  };
+}
+
+// ---- Feeds, streams, destinations
+
 function makeWatch(row, name) {
-  label(row, 'watch', name);
-  row.querySelector('.watch').onclick = () => watch(name, false);
+  label(row, 'watch', name).onclick = () => (watching?.card === row ? unwatch() : watch(name, false, row));
 }
 
 function showFeed(row, f, name) {
-  row.dataset.state = f.state;
-  const p = f.publisher;
+  const tracks = tracksOf(name), p = f?.publisher, state = f?.state ?? 'absent', muted = p && isMuted(tracks);
+  tone(row, muted ? 'absent' : state);
   fill(row, {
-    name, state: f.state, rate: rate(f.bitRate),
-    detail: [
-      f.tracks?.map((t) => t.codec).join(', '),
-      f.frameRate > 0 && `${f.frameRate.toFixed(1)} frames/s`,
+    name, state: state + (muted ? ', muted' : ''), rate: rate(f?.bitRate),
+    tracks: dots(
+      tracks.map((t) => t.codec).join(', '),
+      f?.frameRate > 0 && `${f.frameRate.toFixed(0)} frames/s`,
+      f && f.state !== 'live' && f.since && `since ${clock(f.since)}`,
+      f?.state === 'damaged' && 'packets are missing or broken',
+    ),
+    more: f && dots(
+      p && `from ${p.remote}${p.agent ? `, ${p.agent}` : ''}, since ${clock(p.since)}`,
+      `received ${bytes(f.bytes)}`,
       f.keyframeRate > 0 && `${f.keyframeRate.toFixed(1)} keyframes/s`,
-      f.state !== 'live' && f.since && `since ${clock(f.since)}`,
       f.continuityErrors > 0 && `${f.continuityErrors} continuity errors`,
       f.damagedPackets > 0 && `${f.damagedPackets} damaged packets`,
       f.resyncs > 0 && `${f.resyncs} resyncs`,
-    ].filter(Boolean).join(' · '),
-    publisher: p ? `from ${p.remote}${p.agent ? `, ${p.agent}` : ''}, since ${clock(p.since)}` : '',
+    ) || 'Not published yet.',
   });
+  showDestinations(row, name);
 }
 
 function makeStream(row, name) {
   makeWatch(row, name);
+  part(row, 'switches').setAttribute('aria-label', `Feeds of ${name}`);
+  label(row, 'send', name).onclick = () => editDestination({ stream: name });
+  label(row, 'change', name).onclick = () => editStream(name);
   deletes(row, name, 'api/streams/' + name);
 }
 
 function showStream(row, st, name) {
-  fill(row, { name, rate: rate(st.bitRate) });
-  const feeds = inOrder(name, st.feeds, st.muted);
-  rows(row.querySelector('.switches'), 'switch', feeds.map((f) => [f, f]), (button, feed) => {
+  tone(row, st ? 'live' : 'idle');
+  fill(row, { name, state: st ? '' : 'no such stream', rate: rate(st?.bitRate), change: st ? 'Change' : 'Add it' });
+  part(row, 'watch').hidden = part(row, 'delete').hidden = !st;
+  const { feeds = [], muted = [], present = [] } = st ?? {};
+  rows(part(row, 'switches'), 'switch', inOrder(name, feeds, muted).map((f) => [f, f]), (button, feed) => {
     button.onclick = () => attempt(row, button, () => toggle(name, feed));
   }, (button, feed) => {
-    const on = st.feeds.includes(feed);
+    const on = feeds.includes(feed), is = present.includes(feed);
     button.setAttribute('aria-checked', on);
-    fill(button, { name: feed, state: !on ? 'muted' : st.present.includes(feed) ? 'on' : 'absent' });
+    button.classList.toggle('dim', isMuted(tracksOf(feed)));
+    fill(button, { name: feed, state: !on ? 'muted' : !is ? 'absent' : isMuted(tracksOf(feed)) ? 'muted above' : 'on' });
   });
+  showDestinations(row, name);
 }
+
+const order = new Map(); // of a stream: its feeds as its rule had them, muted ones included
 
 // inOrder returns the feeds of a stream, muted ones where they were.
 function inOrder(name, feeds, muted) {
@@ -216,39 +368,44 @@ function toggle(name, feed) {
 }
 
 function makeDestination(row, id) {
+  label(row, 'change', `destination ${id}`).onclick = () => attempt(row, part(row, 'change'), async () => {
+    editDestination(await call('GET', 'api/destinations/' + id), id);
+  });
   deletes(row, `destination ${id}`, 'api/destinations/' + id);
 }
 
 // idle is why an open destination sends nothing; '' if it does.
 function idle(d) {
   const st = stats.streams[d.stream];
-  if (d.id === 'apiRule') return ''; // the control link
-  if (d.stream.startsWith('stream/') && !st) return 'no such stream';
+  if (d.id === 'apiRule') return '';
+  if (isStream(d.stream) && !st) return 'no such stream';
   if (st && !st.feeds.length) return st.muted.length ? 'open, all muted' : 'open, no feeds';
   if (st ? !st.present.length : !stats.feeds[d.stream]?.publisher) return 'open, not published';
-  return '';
+  return isMuted(tracksOf(d.stream)) ? 'open, all muted' : '';
 }
 
 function showDestination(row, d, id) {
-  const why = d.state === 'open' && idle(d);
-  row.dataset.state = why ? 'idle' : d.state;
+  const open = d.state === 'open', why = open && idle(d);
   const dropped = Object.values(d.dropped ?? {}).reduce((a, b) => a + b, 0);
+  tone(row, why ? 'idle' : d.state);
+  part(row, 'change').hidden = part(row, 'delete').hidden = id === 'apiRule';
+  const muted = mutedKinds().find((kind) => tracksOf(d.stream).some((t) => t.kind === kind));
   fill(row, {
-    name: id, state: why || d.state, rate: d.state === 'open' ? destinationRate(id, d.bytes) : '',
-    route: `${d.stream} → ${d.destination}`,
-    detail: [
+    name: id, state: why || d.state + (open && muted ? `, ${kinds[muted].toLowerCase()} muted` : ''), rate: open ? destinationRate(id, d.bytes) : '',
+    route: d.destination,
+    reason: open ? '' : d.advice ?? d.error ?? '',
+    raw: dots(
+      d.error && (d.advice || open) && `${open ? 'Last error: ' : ''}${d.error}`,
+      d.retryAt && `Next attempt at ${clock(d.retryAt)}`,
+    ),
+    more: dots(
       `${d.state} since ${clock(d.since)}`,
       `sent ${bytes(d.bytes)}`,
       dropped > 0 && `dropped ${dropped} messages`,
-      d.state === 'open' && d.queueAge > 0.05 && `${ms(d.queueAge)} behind`,
-      d.state === 'open' && d.roundTrip > 0 && `round trip ${ms(d.roundTrip)}`,
+      open && d.queueAge > 0.05 && `${ms(d.queueAge)} behind`,
+      open && d.roundTrip > 0 && `round trip ${ms(d.roundTrip)}`,
       d.reconnects > 0 && `${d.reconnects} reconnects`,
-    ].filter(Boolean).join(' · '),
-    reason: d.state === 'open' ? '' : d.advice ?? d.error ?? '',
-    raw: [
-      d.error && (d.advice || d.state === 'open') && `${d.state === 'open' ? 'Last error: ' : ''}${d.error}`,
-      d.retryAt && `Next attempt at ${clock(d.retryAt)}`,
-    ].filter(Boolean).join(' · '),
+    ),
   });
 }
 
@@ -266,7 +423,7 @@ function destinationRate(id, bytes) {
 
 // deletes makes the button of a row delete what, at the second tap.
 function deletes(row, what, path) {
-  const button = row.querySelector('.delete');
+  const button = part(row, 'delete');
   const sure = (is) => {
     button.classList.toggle('sure', is);
     text(button, is ? 'Really delete?' : 'Delete');
@@ -285,21 +442,47 @@ function deletes(row, what, path) {
   };
 }
 
+// showDevices lists, as long as there are no feeds, how to publish some.
+async function showDevices() {
+  const box = $('devices'), none = !Object.keys(stats.feeds).length;
+  if (box.hidden !== none) return;
+  box.hidden = !none;
+  if (!none) return;
+  let found = [];
+  try {
+    const { cameras, microphones } = await call('GET', 'api/devices');
+    found = [...cameras, ...microphones];
+  } catch {} // not on this system
+  found.push({ name: 'Test picture', ffmpeg: `ffmpeg -re -f lavfi -i testsrc2=size=640x480:rate=25 -f mpegts -codec:v mpeg1video -b:v 1000k -bf 0 -g 12 ${address('video0')}` });
+  text(box.querySelector('.lead'), 'No feeds yet. Publish one with ffmpeg on this machine:');
+  rows(box.querySelector('ul'), 'device', found.map((d) => [d.ffmpeg, d]), () => {}, (row, d) => {
+    fill(row, { name: d.name, problem: d.problem ?? '', ffmpeg: d.ffmpeg });
+  });
+}
+
+// ---- Forms
+
 // attempt does what a button or form is for, then shows how things are. What
-// went wrong stands in its row until the next attempt.
+// went wrong stands beside it until the next attempt.
 async function attempt(row, button, f) {
-  const error = row.querySelector('.error');
+  const error = part(row, 'error');
   text(error, '');
-  button.setAttribute('aria-busy', true);
+  button.ariaBusy = 'true';
   try {
     await f();
-    if (row.id !== 'login') show(await call('GET', 'api/stats'));
   } catch (e) {
     text(error, e.message);
   }
-  button.removeAttribute('aria-busy');
+  button.ariaBusy = null;
+  if (row.id === 'login') return;
+  try {
+    const s = await call('GET', 'api/stats');
+    windows.postMessage({ stats: s });
+    show(s);
+  } catch {} // the events tell
 }
 
+// form makes a form do f with what was filled in, and then closes its dialog.
 function form(id, f) {
   const node = $(id);
   for (const input of node.elements) {
@@ -308,28 +491,88 @@ function form(id, f) {
   }
   node.onsubmit = (e) => {
     e.preventDefault();
-    attempt(node, node.querySelector('button'), async () => {
+    attempt(node, node.querySelector('button:not([type])'), async () => {
       await f(node.elements);
-      node.closest('details')?.removeAttribute('open');
+      node.closest('dialog')?.close(); // gives the focus back
     });
   };
+  const cancel = node.querySelector('.cancel');
+  if (cancel) cancel.onclick = () => node.closest('dialog').close();
+  return node;
 }
 
-form('addStream', async (f) => {
-  const name = f.stream.value.trim().replace(/^\//, '');
-  await call('POST', 'api/streams', {
-    stream: name.startsWith('stream/') ? name : 'stream/' + name,
-    feeds: f.feeds.value.split(/[\s,]+/).filter(Boolean),
-  });
-  f.stream.value = f.feeds.value = '';
+// edit opens the dialog of a form with what it begins with.
+function edit(node, title, values, chips, input, several) {
+  text(node.querySelector('h2'), title);
+  text(part(node, 'error'), '');
+  for (const name in values) node.elements[name].value = values[name];
+  const words = () => input.value.split(/[\s,]+/).filter(Boolean);
+  const box = part(node, 'chips');
+  const mark = () => [...box.children].forEach((b) => b.setAttribute('aria-pressed', words().includes(b.textContent)));
+  box.replaceChildren(...chips.map((name) => {
+    const b = document.createElement('button');
+    b.type = 'button';
+    b.textContent = name;
+    b.onclick = () => {
+      const all = words();
+      input.value = !several ? name : (all.includes(name) ? all.filter((w) => w !== name) : [...all, name]).join(' ');
+      mark();
+    };
+    return b;
+  }));
+  input.oninput = mark;
+  mark();
+  node.closest('dialog').showModal();
+}
+
+const sorted = (o) => byName(o).map(([name]) => name);
+
+form('login', async (f) => {
+  await call('POST', 'login', { token: f.token.value });
+  f.token.value = '';
+  $('login').hidden = true;
+  listen();
 });
 
-form('addDestination', async (f) => {
+const streamForm = form('stream-form', async (f) => {
+  const name = f.stream.value.trim().replace(/^\//, '');
+  await call('POST', 'api/streams', {
+    stream: isStream(name) ? name : 'stream/' + name,
+    feeds: f.feeds.value.split(/[\s,]+/).filter(Boolean),
+  });
+});
+
+// editStream changes a stream, or adds one.
+function editStream(name) {
+  const { feeds = [] } = stats.streams[name] ?? {}, input = streamForm.elements.feeds;
+  streamForm.elements.stream.readOnly = !!name;
+  edit(streamForm, !name ? 'New stream' : stats.streams[name] ? `Change ${name}` : `Add ${name}`,
+    { stream: name ?? '', feeds: feeds.join(' ') }, sorted(stats.feeds), input, true);
+}
+
+let headers; // of the destination that is edited
+
+const destinationForm = form('destination-form', async (f) => {
   await call('POST', 'api/destinations', {
     id: f.id.value.trim(), stream: f.stream.value.trim(), destination: f.destination.value.trim(),
+    ...(f.token.value && { token: f.token.value }), ...(headers && { headers }),
   });
-  f.id.value = f.stream.value = f.destination.value = '';
 });
+
+// editDestination changes the destination of an id, or adds one. What is secret
+// is ***, which vw takes for what it has.
+function editDestination({ headers: secret, ...rule }, id) {
+  let free = 0;
+  while (stats.destinations[free]) free++;
+  headers = secret;
+  const f = destinationForm.elements;
+  f.id.readOnly = !!id;
+  edit(destinationForm, id ? `Change destination ${id}` : 'New destination',
+    { stream: '', destination: '', token: '', id: free, ...rule }, [...sorted(stats.streams), ...sorted(stats.feeds)], f.stream);
+}
+
+$('newStream').onclick = () => editStream();
+$('newDestination').onclick = () => editDestination({});
 
 // ---- Units
 
@@ -346,173 +589,19 @@ function bytes(n) {
   return `${n.toFixed(2)} TB`;
 }
 
-const ms = (seconds) => `${(seconds * 1000).toFixed(seconds < 0.01 ? 1 : 0)} ms`;
-
-function span(seconds) {
-  const [d, h, m] = [seconds / 86400, seconds / 3600 % 24, seconds / 60 % 60].map(Math.floor);
-  return d ? `${d} d ${h} h` : h ? `${h} h ${m} min` : m ? `${m} min` : `${Math.floor(seconds)} s`;
-}
+const ms = (seconds) => `${(seconds * 1000).toFixed(1)} ms`;
 
 // clock is a time of vw's clock, as the wall beside the viewer has it.
-function clock(at) {
+function clock(at, form) {
   const t = new Date(at);
-  return (Date.now() - t > 86400e3 ? t.toLocaleDateString() + ' ' : '') + t.toLocaleTimeString();
+  return (Date.now() - t > 86400e3 ? t.toLocaleDateString() + ' ' : '') + t.toLocaleTimeString([], form);
 }
 
-// ---- Preview
-
-let watching; // name, sound, tracks, counters and the player; undefined: nothing
-
-// Media is JSMpeg's source: a websocket of ours, since JSMpeg's own can't be
-// closed before its decoder is ready.
-class Media {
-  constructor(name) {
-    this.url = http.replace(/^http/, 'ws') + 'out/' + name;
-    this.streaming = true;
-    this.established = this.completed = this.closed = false;
-    this.progress = 0;
-  }
-  connect(destination) { this.destination = destination; }
-  resume() {}
-  start() {
-    if (this.closed) return;
-    this.socket = new WebSocket(this.url);
-    this.socket.binaryType = 'arraybuffer';
-    this.socket.onmessage = (e) => {
-      if (this.closed) return;
-      this.established = true;
-      this.destination.write(e.data);
-      if (watching) watching.bytes += e.data.byteLength;
-    };
-    this.socket.onclose = () => { this.timer = setTimeout(() => this.start(), 2000); };
-  }
-  destroy() {
-    this.closed = true;
-    clearTimeout(this.timer);
-    if (this.socket) {
-      this.socket.onclose = null;
-      this.socket.close();
-    }
-  }
-}
-
-// loadPlayer loads JSMpeg, once.
-function loadPlayer() {
-  return loadPlayer.done ??= new Promise((resolve, reject) => {
-    const { player, integrity } = document.body.dataset;
-    const script = document.createElement('script');
-    const fail = () => {
-      loadPlayer.done = undefined;
-      script.remove();
-      reject(new Error(`The player JSMpeg cannot be loaded from ${new URL(player, http)}. Without internet access: put the file dist/jsmpeg-player.umd.min.js of the npm package @cycjimmy/jsmpeg-player beside vw, and start vw with VW_PLAYER=jsmpeg-player.umd.min.js.`));
-    };
-    if (integrity) {
-      script.integrity = integrity;
-      script.crossOrigin = 'anonymous';
-    }
-    script.onload = () => (window.JSMpeg?.Player ? resolve() : fail());
-    script.onerror = fail;
-    script.src = player;
-    document.head.append(script);
-  });
-}
-
-// codecs returns those of the tracks that a feed or stream has now.
-function codecs(name) {
-  const feeds = stats.streams[name]?.present ?? [name];
-  return feeds.flatMap((f) => stats.feeds[f]?.tracks ?? []).map((t) => t.codec);
-}
-
-const isVideo = /^(mpeg[124]video|h26|hevc|vp\d|av1|vc1|mjpeg|jpeg2000|cavs|dirac)/;
-
-// unplayable is why JSMpeg can't show a feed or stream; "" if it can.
-function unplayable(name) {
-  const video = codecs(name).find((c) => isVideo.test(c) && c !== 'mpeg1video');
-  return video ? `This is ${video}; the preview plays only mpeg1video (ffmpeg: -codec:v mpeg1video -bf 0).` : '';
-}
-
-async function watch(name, sound) {
-  unwatch();
-  const w = watching = { name, sound, pictures: 0, sounds: 0, bytes: 0, last: {}, idle: 0 };
-  const box = $('preview');
-  box.hidden = false;
-  fill(box, { ffplay: `ffplay -fflags nobuffer -analyzeduration 1000000 ${stream(name)}` });
-  text(box.querySelector('h2'), name);
-  box.querySelector('.sound').setAttribute('aria-pressed', sound);
-  w.why = unplayable(name);
-  note();
-  if (w.why) return;
-  if (!window.JSMpeg) {
-    try {
-      await loadPlayer();
-    } catch (e) {
-      w.why = e.message;
-    }
-    if (watching !== w) return; // closed meanwhile
-    if (w.why) return note();
-  }
-  const canvas = document.createElement('canvas');
-  canvas.width = canvas.height = 0; // until there is a picture
-  box.querySelector('.screen').append(canvas);
-  w.player = new JSMpeg.Player(name, {
-    canvas, source: Media, audio: sound, pauseWhenHidden: false, videoBufferSize: 2 << 20,
-    onVideoDecode: () => { w.pictures++; },
-    onAudioDecode: () => { w.sounds++; },
-  });
-  // Browsers give sound at a tap only, iOS in its own way.
-  w.player.audioOut?.context.resume();
-  w.player.audioOut?.unlock();
-  w.timer = setInterval(measure, 1000);
-}
-
-// measure looks once a second at what was decoded. A decoder that gets media
-// and makes nothing of it for long is begun anew; one that can't is ended.
-function measure() {
-  const w = watching, { pictures = 0, sounds = 0, bytes = 0 } = w.last;
-  w.rates = { pictures: w.pictures - pictures, sounds: w.sounds - sounds };
-  w.idle = w.bytes > bytes && w.rates.pictures + w.rates.sounds === 0 ? w.idle + 1 : 0;
-  w.last = { pictures: w.pictures, sounds: w.sounds, bytes: w.bytes };
-  if (w.idle >= 10 || unplayable(w.name)) watch(w.name, w.sound);
-  note();
-}
-
-// note tells how the preview is doing.
-function note() {
-  const w = watching, all = codecs(w.name), mp2 = all.includes('mp2');
-  const odd = all.find((c) => !isVideo.test(c) && c !== 'mp2');
-  $('preview').querySelector('.sound').hidden = !mp2 || !!w.why;
-  text($('preview').querySelector('.note'), w.why || [
-    !all.length && 'Not published now.',
-    all.length && !w.pictures && all.some((c) => isVideo.test(c)) && 'Waiting for a keyframe.',
-    w.rates?.pictures > 0 && `${w.rates.pictures} pictures/s`,
-    w.sound && `${w.rates?.sounds ?? 0} frames of sound/s`,
-    mp2 && !w.sound && 'Sound is off.',
-    odd && `The preview plays only mp2 sound; this is ${odd}.`,
-  ].filter(Boolean).join(' · '));
-}
-
-function unwatch() {
-  const w = watching;
-  watching = resume = undefined;
-  $('preview').hidden = true;
-  if (!w) return;
-  clearInterval(w.timer);
-  try {
-    w.player?.destroy();
-  } catch {} // its decoder may have died
-  w.player?.source.destroy();
-  $('preview').querySelector('.screen').replaceChildren();
-}
-
-$('preview').querySelector('.close').onclick = unwatch;
-$('preview').querySelector('.sound').onclick = () => watch(watching.name, !watching.sound);
-
-// stream is the address of a feed or stream for other programs. From another
+// address is where other programs get, or post, a feed or stream. From another
 // machine they need the token.
-function stream(name) {
+function address(name) {
   const here = /^(localhost|127\..*|\[::1\])$/.test(location.hostname);
   return (here ? http : http.replace('://', '://any:VW_TOKEN@')) + 'ts/' + name;
 }
 
-text(document.querySelector('.post'), stream('video0'));
 listen();
