@@ -375,7 +375,7 @@ func (c *commands) deleteDestination(which string) (any, error) {
 func (c *commands) stats() stats {
 	all := newStats(c.started, c.rules)
 	if c.control != nil {
-		all.Destinations[controlID] = c.control.stats(time.Now())
+		all.Destinations[controlID] = c.control.stats()
 	}
 	return all
 }

@@ -5,10 +5,8 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -200,7 +198,7 @@ func FuzzAPI(f *testing.F) {
 	f.Add("CONNECT", "a:80", "Authorization: Basic Og==", "")
 	log := &logBuffer{}
 	r := newRules(f.Context(), newMux(), time.Second, slog.New(slog.NewTextHandler(log, nil)))
-	r.dial = func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("none") }
+	r.dialer = deadEnd
 	s := newServer(f.Context(), r, secretToken, r.log)
 	f.Cleanup(func() {
 		r.deleteDestinations()

@@ -167,7 +167,7 @@ func TestCheckEnvironment(t *testing.T) {
 		{"proxy without a way", "ws://relay.invalid", "http_proxy=http://HOST", proxy("503 No"), "proxy", `The proxy HOST can't reach relay.invalid:80.`},
 		{"proxy that is none", "ws://relay.invalid", "http_proxy=http://HOST", reply("SSH-2.0-\r\n\r\n"), "proxy", `The proxy HOST does not open a tunnel`},
 		{"proxy not found", "ws://relay.invalid", "http_proxy=http://any:secret@proxy.invalid", good, "name", `The name proxy.invalid was not found`},
-		{"proxy of another kind", "ws://relay.invalid", "http_proxy=socks5://any:secret@HOST", good, "proxy", `HTTPS_PROXY and HTTP_PROXY must be http:// or https:// URLs`},
+		{"proxy of another kind", "ws://relay.invalid", "http_proxy=socks5://any:secret@HOST", reply("HTTP/1.1 400 Bad Request\r\n\r\n"), "proxy", `The proxy HOST does not open a tunnel: it may not be a proxy of the kind that its URL names (socks5)`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()

@@ -17,7 +17,6 @@ import (
 	"fmt"
 	"io"
 	"iter"
-	"time"
 )
 
 const (
@@ -26,39 +25,27 @@ const (
 
 // control is the control link.
 type control struct {
-	*destination // for its open and keepUp
-	commands     *commands
+	*uplink
+	commands *commands
 }
 
 // startControl keeps a control link up until s ends. The rule is clean.
 func (s *server) startControl(rule destinationRule) {
 	r := s.commands.rules
-	d := r.newDestination(rule)
-	d.log = r.log.With("dest", controlID, "url", d.shown())
-	c := &control{d, s.commands}
+	c := &control{newUplink(rule, r.dialer, r.log.With("dest", controlID)), s.commands}
 	s.commands.control = c
-	d.is("connecting")
-	r.tasks.Go(func() { c.keepUp(s.ctx, c.connect) })
+	r.tasks.Go(func() { c.keepUp(s.ctx, c.serve) })
 }
 
-// connect is one connection, as destination.connect.
-func (c *control) connect(ctx context.Context, tell bool) (healthy bool, err error) {
-	l, in, err := c.open(ctx)
-	if err != nil {
-		return false, err
-	}
-	opened := time.Now()
-	defer c.opens(tell)()
-	writing, cancel := context.WithCancel(ctx)
-	defer cancel()
-	err = l.serve(ctx, l.subscribe(masked, 0), func() error { return c.obey(writing, l, in) }, cancel)
-	return time.Since(opened) >= healthyAfter, lost{err}
+// serve takes commands from one link until it ends.
+func (c *control) serve(ctx context.Context, l *link) error {
+	return l.serve(ctx, l.subscribe(0), func(ctx context.Context) error { return c.execute(ctx, l) }, nil)
 }
 
-// obey reads commands and queues answers until the connection ends, or ctx.
-func (c *control) obey(ctx context.Context, l *link, in *inbox) error {
+// execute reads commands and queues answers until the connection ends, or ctx.
+func (c *control) execute(ctx context.Context, l *link) error {
 	for {
-		opcode, b, err := in.message(maxMessage)
+		opcode, b, err := l.in.message(maxMessage)
 		switch {
 		case err == errTooLong:
 			err = invalid("message: more than %d bytes", maxMessage)
@@ -68,11 +55,8 @@ func (c *control) obey(ctx context.Context, l *link, in *inbox) error {
 			err = invalid("message: it is binary, a command is text")
 		}
 		for answer := range c.commands.answers(b, err) {
-			select {
-			case l.control <- appendFrame(nil, opText, answer, l.masks):
-				l.wake()
-			case <-ctx.Done():
-				return context.Cause(ctx)
+			if err := l.sendText(ctx, answer); err != nil {
+				return err
 			}
 		}
 	}

@@ -1,8 +1,5 @@
 // The way to a relay, in the steps that vw check prints: name, TCP, proxy, TLS,
-// upgrade, token.
-//
-// Through a proxy it is a tunnel (CONNECT) for ws as for wss. The proxy's user
-// and password are sent to it, and are in no error.
+// upgrade, token. Each step has a budget of its own.
 //
 // On ws and wss a token is the first text message, and a text message answers
 // whether it is good (crossbar). On http and https a POST with the token is
@@ -12,382 +9,400 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
 	"context"
-	"crypto/tls"
 	"crypto/x509"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptrace"
+	"net/netip"
 	"net/url"
-	"strconv"
+	"slices"
 	"strings"
 	"time"
-
-	"golang.org/x/net/websocket"
 )
 
 const (
-	dialTimeout      = 2 * time.Second
-	handshakeTimeout = 5 * time.Second
-	maxHandshake     = 16 << 10 // bytes of answer
-	maxAccess        = 64 << 10 // bytes of answer to the POST
+	accessTimeout = 7 * time.Second // of the answer to the POST
+	maxAccess     = 64 << 10        // bytes of answer to the POST
 )
 
-// Why a handshake fails, other than by an answer.
-var (
-	errNoAnswer   = errors.New("no answer")
-	errUnanswered = errors.New("closed without an answer")
-)
+// dialer is what all ways to relays have in common. It may be copied, and used by
+// several goroutines at once.
+type dialer struct {
+	lookup func(ctx context.Context, host string) ([]netip.Addr, error)
+	dial   dialFunc
+	proxy  func(*http.Request) (*url.URL, error) // on the way to a relay; nil: none
+	roots  *x509.CertPool                        // that vouch for relays; nil: the system's
 
-// tokenRefused: the relay does not want the token. It will not change its mind soon.
-type tokenRefused struct{ text string }
-
-func (e tokenRefused) Error() string { return e.text }
-
-// unreachable is an error of a dial.
-type unreachable struct{ error }
-
-func (e unreachable) Unwrap() error { return e.error }
-
-// statusError is a relay's answer other than 101.
-type statusError struct {
-	code int
-	line string // such as "401 Unauthorized"
+	trace func(s step, err error, detail string) // is told of each step that ends; may be nil
 }
 
-func (e statusError) Error() string { return "the relay answered " + e.line }
+func newDialer() dialer {
+	d := &net.Dialer{Control: limitUnsent}
+	return dialer{lookup: newResolver().addresses, dial: d.DialContext}
+}
 
-// refusal is a proxy's answer to CONNECT other than success.
-type refusal statusError
+// target is a relay, and what it is to be shown.
+type target struct {
+	url    *url.URL
+	token  string
+	header http.Header
+	secret []string // what no text may show
+}
 
-func (e refusal) Error() string { return strings.Trim(strconv.QuoteToASCII(e.line), `"`) }
+// step is a part of the way to a relay, as vw check prints it.
+type step string
 
-func (e refusal) Unwrap() error { return statusError(e) }
+const (
+	stepName    step = "name"
+	stepTCP     step = "tcp"
+	stepProxy   step = "proxy"
+	stepTLS     step = "tls"
+	stepUpgrade step = "upgrade"
+	stepToken   step = "authorised"
+	stepPing    step = "ping"
+	stepSend    step = "send"
+)
 
-// brief is an error that may quote what the other side sent.
-type brief struct{ error }
+// stepError is the error of a step on the way to a relay.
+type stepError struct {
+	step  step
+	at    *url.URL // where that step led: the relay, or where it has sent us
+	proxy *url.URL // on the way there; nil: none
+	error
+}
 
-func (e brief) Error() string { return fmt.Sprintf("%.200s", e.error.Error()) }
+func (e stepError) Unwrap() error { return e.error }
 
-func (e brief) Unwrap() error { return e.error }
+// tokenRefusedError says that the relay does not want the token, and will not
+// change its mind soon.
+type tokenRefusedError struct{ error }
 
-// open connects to the relay, and returns when media may flow. It blocks for
-// 24 s at most, and ends with ctx. An error does not show a secret.
-func (d *destination) open(ctx context.Context) (l *link, in *inbox, err error) {
-	secrets := append(d.rule.secrets(), inQuery(d.url)...)
-	defer func() { err = hide(err, secrets) }()
-	u, header := d.url, d.rule.Headers.http()
+func (e tokenRefusedError) Unwrap() error { return e.error }
+
+// noPostError says that what answers is no access point.
+type noPostError struct{ statusError }
+
+func (e noPostError) Error() string {
+	return fmt.Sprintf("access: the relay takes no POST here (%d): is this an address for tokens, or should it be ws:// or wss://?", e.status)
+}
+
+func (e noPostError) Unwrap() error { return e.statusError }
+
+// errInside is why a redirect is not followed to an address of this network.
+var errInside = errors.New("the redirect leads to an address of this network, and is not followed")
+
+// open connects to a relay, and returns when media may flow: the connection, and
+// the inbox that has read so far. It ends with ctx, and each of its steps within
+// a time of its own. An error shows no secret.
+func (d dialer) open(ctx context.Context, to target) (net.Conn, *inbox, error) {
+	a := &attempt{dialer: d, at: to.url, secret: append(to.secret, inQuery(to.url)...)}
+	conn, in, err := a.open(ctx, to)
+	return conn, in, hide(err, a.secret)
+}
+
+// attempt is one try to open a connection to a relay. Owned by one goroutine.
+type attempt struct {
+	dialer
+	at     *url.URL // where the step leads that is under way
+	via    *url.URL // the proxy on the way there; nil: none
+	secret []string
+
+	local   bool // the relay that was asked for is on this machine or network
+	outside bool // do not connect to local addresses: a redirect may not lead there
+}
+
+// finish ends a step: it tells the trace, and returns err as a stepError.
+func (a *attempt) finish(s step, err error, detail string) error {
+	if err != nil {
+		err = stepError{s, a.at, a.via, err}
+	}
+	if a.trace != nil {
+		a.trace(s, hide(err, a.secret), detail)
+	}
+	return err
+}
+
+func (a *attempt) open(ctx context.Context, to target) (net.Conn, *inbox, error) {
+	u := to.url
 	access := u.Scheme == "http" || u.Scheme == "https"
 	if access {
-		if u, err = d.access(ctx, header); err != nil {
+		var err error
+		if u, err = a.access(ctx, to); err != nil {
 			return nil, nil, err
 		}
-		secrets = append(secrets, inQuery(u)...)
+		a.secret = append(a.secret, inQuery(u)...)
+		to.token = ""
 	}
-	conn, err := d.reach(ctx, u)
+	conn, in, err := a.websocket(ctx, u, to)
 	if err != nil {
 		return nil, nil, err
 	}
-	l = newLink(conn, d.log)
-	l.silence = maxSilence
-	in, err = l.open(ctx, u, d.roots, header)
+	detail := "nothing was asked for"
 	switch {
-	case err != nil:
 	case access:
-		err = l.prove(ctx, in)
-	case d.rule.Token != "":
-		err = l.present(ctx, in, d.rule.Token)
+		detail = "with the code of the access point"
+		err = awaitPong(ctx, conn, in)
+	case to.token != "":
+		detail = "with the token"
+		err = showToken(ctx, conn, in, to.token)
+	case u.User != nil:
+		detail = "with the user and password of the URL"
 	}
-	if err != nil {
+	if err = a.finish(stepToken, err, detail); err != nil {
 		conn.Close()
 		return nil, nil, err
 	}
-	return l, in, nil
+	return conn, in, nil
 }
 
 // access shows the token to an access point, and returns the websocket that
 // it allows, once, within 30 s.
-func (d *destination) access(ctx context.Context, header http.Header) (*url.URL, error) {
-	ctx, cancel := context.WithTimeout(ctx, dialTimeout+handshakeTimeout)
+func (a *attempt) access(ctx context.Context, to target) (*url.URL, error) {
+	u := to.url
+	for hops := 0; ; hops++ {
+		conn, err := a.reach(ctx, u)
+		if err != nil {
+			return nil, err
+		}
+		allowed, err := a.post(ctx, conn, u, to)
+		conn.Close()
+		if err == nil {
+			a.finish(stepToken, nil, "a code for "+withoutSecrets(allowed.String()))
+			return allowed, nil
+		}
+		var status statusError
+		if errors.As(err, &status) && status.location != "" && (status.status == http.StatusTemporaryRedirect || status.status == http.StatusPermanentRedirect) {
+			var next *url.URL
+			if next, err = redirect(u, status, hops, true); err == nil {
+				u, a.at = next, next
+				continue
+			}
+		}
+		return nil, a.finish(stepToken, err, "")
+	}
+}
+
+// post asks the access point at the other end of conn.
+func (a *attempt) post(ctx context.Context, conn net.Conn, u *url.URL, to target) (*url.URL, error) {
+	ctx, cancel := context.WithTimeout(ctx, accessTimeout)
 	defer cancel()
-	client := http.Client{
-		Transport: &http.Transport{
-			// A transport goes on to dial when its request has ended: this ends with ctx.
-			DialContext: func(context.Context, string, string) (net.Conn, error) { return d.reach(ctx, d.url) },
-			DialTLSContext: func(context.Context, string, string) (net.Conn, error) {
-				conn, err := d.reach(ctx, d.url)
-				if err != nil {
-					return nil, err
-				}
-				secure := tls.Client(conn, tlsConfig(d.url.Hostname(), d.roots))
-				if err := secure.HandshakeContext(ctx); err != nil {
-					conn.Close()
-					return nil, err
-				}
-				return secure, nil
-			},
-			DisableKeepAlives:      true,
-			MaxResponseHeaderBytes: maxHandshake,
-		},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
-	r, err := http.NewRequestWithContext(ctx, http.MethodPost, d.url.String(), nil)
-	if err != nil {
-		return nil, err
-	}
-	r.Header = header.Clone()
-	r.Header.Set("Authorization", d.rule.Token)
-	a, err := client.Do(r)
+	defer onDone(ctx, func() { conn.SetDeadline(past) })()
+	r := &http.Request{Method: http.MethodPost, URL: u, Host: hostWithoutZone(u), Header: to.header.Clone(), Close: true}
+	r.Header.Set("Authorization", to.token)
+	answer, in, err := sendRequest(conn, r)
 	var b []byte
 	if err == nil {
-		defer a.Body.Close()
-		b, err = io.ReadAll(io.LimitReader(a.Body, maxAccess+1))
-	}
-	var quoting *url.Error // it quotes the URL
-	if errors.As(err, &quoting) {
-		err = quoting.Err
+		in.source = conn
+		b, err = io.ReadAll(io.LimitReader(answer.Body, maxAccess+1))
 	}
 	switch {
 	case ctx.Err() == context.DeadlineExceeded:
-		return nil, fmt.Errorf("access: %w within %v", errNoAnswer, dialTimeout+handshakeTimeout)
-	case errors.As(err, new(unreachable)):
-		return nil, err
+		return nil, fmt.Errorf("access: %w within %v", errNoAnswer, accessTimeout)
+	case err == io.EOF:
+		return nil, fmt.Errorf("access: %w", errUnanswered)
 	case err != nil:
-		return nil, fmt.Errorf("access: %w", brief{plain(err)})
+		return nil, fmt.Errorf("access: %w", briefError{withoutAddresses(err)})
 	case len(b) > maxAccess:
 		return nil, fmt.Errorf("access: the answer is longer than %d bytes", maxAccess)
+	case answer.StatusCode == http.StatusOK:
+		return allowedURL(u, b)
 	}
-	switch a.StatusCode {
-	case http.StatusOK:
-		return d.allowed(b)
-	case http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
-		return nil, statusError{a.StatusCode, fmt.Sprintf("%.80q", a.Status)}
+	refused := newStatusError(answer, b)
+	err = fmt.Errorf("access: %w", refused)
+	switch {
+	case isAway(refused.status), refused.status == http.StatusTooManyRequests:
+		return nil, err
+	case refused.status == http.StatusMethodNotAllowed:
+		err = noPostError{refused}
 	}
-	said := string(b)
-	var answer struct{ Message string }
-	if json.Unmarshal(b, &answer) == nil {
-		said = answer.Message
-	} else {
-		json.Unmarshal(b, &said) // some come as a string; else said is as it was
-	}
-	return nil, tokenRefused{fmt.Sprintf("access: the relay answered %.80q: %.200q", a.Status, said)}
+	return nil, tokenRefusedError{err}
 }
 
-// allowed reads the answer of an access point: {"uri":"wss://…?code=…"}. A
+// allowedURL reads the answer of the access point u: {"uri":"wss://…?code=…"}. A
 // code that was asked for over TLS is not sent in the clear.
-func (d *destination) allowed(b []byte) (*url.URL, error) {
+func allowedURL(u *url.URL, b []byte) (*url.URL, error) {
 	var answer struct{ URI string }
 	if err := json.Unmarshal(b, &answer); err != nil {
 		return nil, errors.New(`access: the answer is not {"uri":"wss://…"}`)
 	}
-	u, err := cleanURL(answer.URI)
+	to, err := cleanURL(answer.URI)
 	switch {
-	case err != nil || u.User != nil || u.Scheme != "ws" && u.Scheme != "wss":
+	case err != nil || to.User != nil || to.Scheme != "ws" && to.Scheme != "wss":
 		return nil, errors.New(`access: "uri" in the answer is not the URL of a websocket`)
-	case d.url.Scheme == "https" && u.Scheme != "wss":
+	case u.Scheme == "https" && to.Scheme != "wss":
 		return nil, errors.New(`access: "uri" in the answer is not wss, though access is https`)
 	}
-	return u, nil
+	return to, nil
 }
 
-// reach opens a connection to the host of u, or a tunnel to it. That takes at
-// most 2 s, and 5 s more through a proxy.
-func (d *destination) reach(ctx context.Context, u *url.URL) (net.Conn, error) {
-	proxy, err := d.proxyOf(u)
+// websocket opens a websocket at u, or where that redirects to.
+func (a *attempt) websocket(ctx context.Context, u *url.URL, to target) (net.Conn, *inbox, error) {
+	secret := to.token != "" || len(to.header) > 0 || u.User != nil
+	for hops := 0; ; hops++ {
+		a.at, a.outside = u, hops > 0 && !a.local
+		conn, err := a.reach(ctx, u)
+		if err != nil {
+			return nil, nil, err
+		}
+		if hops == 0 {
+			a.local = a.isLocal(conn)
+		}
+		in, err := upgrade(ctx, conn, u, to.header)
+		if err == nil {
+			a.finish(stepUpgrade, nil, "a websocket")
+			return conn, in, nil
+		}
+		conn.Close()
+		var status statusError
+		if errors.As(err, &status) && status.location != "" {
+			var next *url.URL
+			if next, err = redirect(u, status, hops, secret); err == nil {
+				a.finish(stepUpgrade, nil, "a redirect to "+withoutSecrets(next.String()))
+				u = next
+				continue
+			}
+		}
+		s := stepUpgrade
+		if status.status == http.StatusUnauthorized || status.status == http.StatusForbidden {
+			s = stepToken
+		}
+		return nil, nil, a.finish(s, err, "")
+	}
+}
+
+// reach takes the steps name, TCP, proxy and TLS to the host of u.
+func (a *attempt) reach(ctx context.Context, u *url.URL) (net.Conn, error) {
+	a.at, a.via = u, nil
+	via, err := a.proxyTo(u)
+	if err != nil {
+		return nil, a.finish(stepProxy, err, "")
+	}
+	a.via = via
+	if a.outside && via != nil && a.isLocal(nil) {
+		return nil, a.finish(stepProxy, errInside, "")
+	}
+	next := u
+	if via != nil {
+		next = via
+	}
+	conn, err := a.connect(ctx, next)
 	if err != nil {
 		return nil, err
 	}
-	next := u
-	if proxy != nil {
-		next = proxy
-	}
-	dialing, cancel := context.WithTimeout(ctx, dialTimeout)
-	conn, err := d.dial(dialing, "tcp", hostPort(next))
-	cancel()
-	switch {
-	case err == nil && proxy != nil:
-		tunnel, err := d.tunnel(ctx, conn, proxy, hostPort(u))
+	if via == nil {
+		a.finish(stepProxy, nil, "none on this way")
+	} else {
+		tunnel, err := tunnel(ctx, conn, via, hostPort(u), a.roots)
 		if err != nil {
 			conn.Close()
-			return nil, fmt.Errorf("proxy %s: %w", proxy.Host, err)
+			return nil, a.finish(stepProxy, fmt.Errorf("proxy %s: %w", via.Host, err), "")
 		}
-		return tunnel, nil
-	case err != nil && proxy != nil:
-		err = fmt.Errorf("proxy %s: %w", proxy.Host, err)
+		a.finish(stepProxy, nil, "a tunnel through "+via.Host)
+		conn = tunnel
 	}
-	if err != nil {
-		return nil, unreachable{err}
+	if u.Scheme != "wss" && u.Scheme != "https" {
+		return conn, nil
 	}
-	return conn, nil
+	secured, err := secure(ctx, conn, u.Hostname(), a.roots)
+	if err := a.finish(stepTLS, err, aboutCertificate(secured, err)); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return secured, nil
 }
 
-// proxyOf returns the proxy on the way to u; nil: there is none.
-func (d *destination) proxyOf(u *url.URL) (*url.URL, error) {
+// proxyTo returns the proxy on the way to u, or nil.
+func (d dialer) proxyTo(u *url.URL) (*url.URL, error) {
 	if d.proxy == nil {
 		return nil, nil
 	}
 	asked := *u
 	asked.Scheme = strings.Replace(u.Scheme, "ws", "http", 1) // wss: https
-	proxy, err := d.proxy(&http.Request{URL: &asked})
-	if err != nil || proxy == nil {
+	p, err := d.proxy(&http.Request{URL: &asked})
+	if err != nil || p == nil {
 		return nil, err
 	}
-	if proxy.Scheme != "http" && proxy.Scheme != "https" {
-		return nil, fmt.Errorf("proxy %s: the scheme is %q, it must be http or https", proxy.Host, proxy.Scheme)
+	if !slices.Contains(proxySchemes, p.Scheme) {
+		return nil, fmt.Errorf("proxy %s: the scheme is %q, it must be http, https or socks5", p.Host, p.Scheme)
 	}
-	return proxy, nil
+	return p, nil
 }
 
-// tunnel asks the proxy at the other end of conn for a connection to address.
-// What it returns is conn, or TLS over it. RFC 9110 9.3.6.
-func (d *destination) tunnel(ctx context.Context, conn net.Conn, proxy *url.URL, address string) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
-	defer cancel()
-	if proxy.Scheme == "https" {
-		secure := tls.Client(conn, tlsConfig(proxy.Hostname(), d.roots))
-		if err := secure.HandshakeContext(ctx); err != nil {
-			return nil, fmt.Errorf("TLS handshake: %w", plain(err))
+// isLocal reports whether the relay at the other end of conn is on this machine or
+// network. Of one behind a proxy only its name is known.
+func (a *attempt) isLocal(conn net.Conn) bool {
+	if a.via != nil {
+		addr, err := netip.ParseAddr(a.at.Hostname())
+		return err == nil && isLocal(addr) || isLocalhost(a.at.Hostname())
+	}
+	tcp, ok := conn.RemoteAddr().(*net.TCPAddr)
+	return ok && isLocal(tcp.AddrPort().Addr())
+}
+
+// connect takes the steps name and TCP to the host of u: the relay or its proxy.
+func (a *attempt) connect(ctx context.Context, u *url.URL) (net.Conn, error) {
+	what := "connect to " + hostPort(u)
+	if a.via != nil {
+		what = "proxy " + a.via.Host
+	}
+	host, port, _ := net.SplitHostPort(hostPort(u))
+	addrs, detail, err := a.resolve(ctx, host)
+	if err != nil {
+		if a.via != nil {
+			err = fmt.Errorf("%s: %w", what, err)
 		}
-		conn = secure
+		return nil, a.finish(stepName, unreachableError{err}, "")
 	}
-	ask := &http.Request{Method: http.MethodConnect, URL: &url.URL{Opaque: address}, Host: address, Header: http.Header{"User-Agent": {"vw"}}}
-	if proxy.User != nil {
-		password, _ := proxy.User.Password()
-		ask.Header.Set("Proxy-Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(proxy.User.Username()+":"+password)))
+	a.finish(stepName, nil, detail)
+	if a.outside && a.via == nil {
+		if addrs = slices.DeleteFunc(addrs, isLocal); len(addrs) == 0 {
+			return nil, a.finish(stepTCP, errInside, "")
+		}
 	}
-	release := onDone(ctx, func() { conn.SetDeadline(past) })
-	err := ask.Write(conn)
-	var answer *http.Response
-	if err == nil {
-		answer, err = readAnswer(conn, ask)
-	}
-	release()
+	conn, err := race(ctx, addrs, port, a.dial)
+	var failed connectError
 	switch {
-	case ctx.Err() == context.DeadlineExceeded:
-		return nil, fmt.Errorf("%w within %v", errNoAnswer, handshakeTimeout)
-	case err == io.EOF:
-		return nil, errUnanswered
-	case err != nil: // it may quote the answer
-		return nil, fmt.Errorf("%.200s", plain(err).Error())
-	case answer.StatusCode/100 == 2:
-		return conn, nil
+	case errors.As(err, &failed) && failed.refused() && a.via == nil:
+		err = fmt.Errorf("nothing listens at %s (%w)", hostPort(u), err)
+	case err != nil:
+		err = fmt.Errorf("%s: %w", what, err)
 	}
-	no := refusal{answer.StatusCode, answer.Status[:min(len(answer.Status), 80)]}
-	if no.code/100 == 5 { // it could not reach the relay
-		return nil, unreachable{no}
+	if err != nil {
+		return nil, a.finish(stepTCP, unreachableError{err}, "")
 	}
-	return nil, no
+	a.finish(stepTCP, nil, conn.RemoteAddr().String())
+	return conn, nil
 }
 
-// readAnswer reads the header of the answer, and not a byte more: what comes
-// after it is the tunnel's.
-func readAnswer(r io.Reader, ask *http.Request) (*http.Response, error) {
-	head := make([]byte, 0, 512)
-	for !bytes.HasSuffix(head, []byte("\n\r\n")) && !bytes.HasSuffix(head, []byte("\n\n")) {
-		if len(head) == maxHandshake {
-			return nil, fmt.Errorf("the answer is longer than %d bytes", maxHandshake)
-		}
-		head = append(head, 0)
-		if _, err := io.ReadFull(r, head[len(head)-1:]); err != nil {
-			return nil, err
-		}
+// resolve returns the addresses of host, and what vw check says of them.
+func (a *attempt) resolve(ctx context.Context, host string) (addrs []netip.Addr, detail string, err error) {
+	if addr, err := netip.ParseAddr(host); err == nil {
+		return []netip.Addr{addr}, host + " is an address", nil
 	}
-	return http.ReadResponse(bufio.NewReader(bytes.NewReader(head)), ask)
+	addrs, err = a.lookup(ctx, host)
+	var all []string
+	for _, addr := range addrs {
+		all = append(all, addr.String())
+	}
+	return addrs, strings.Join(all, ", "), err
 }
 
-// hostPort is where u is dialled.
-func hostPort(u *url.URL) string { return net.JoinHostPort(u.Hostname(), portOf(u)) }
-
-// tlsConfig is that of a client of host; nil roots are the system's.
-func tlsConfig(host string, roots *x509.CertPool) *tls.Config {
-	return &tls.Config{
-		ServerName: host, RootCAs: roots, MinVersion: tls.VersionTLS12,
-		NextProtos: []string{"http/1.1"}, DynamicRecordSizingDisabled: true,
-	}
-}
-
-// open does the TLS and the websocket handshake as a client. It takes header.
-func (l *link) open(ctx context.Context, u *url.URL, roots *x509.CertPool, header http.Header) (*inbox, error) {
-	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
-	defer cancel()
-	origin := url.URL{Scheme: "http", Host: u.Host}
-	if u.Scheme == "wss" {
-		origin.Scheme = "https"
-		conn := tls.Client(l.Conn, tlsConfig(u.Hostname(), roots))
-		l.cannotResume()
-		l.Conn = conn
-		err := conn.HandshakeContext(ctx)
-		if trace := httptrace.ContextClientTrace(ctx); trace != nil && trace.TLSHandshakeDone != nil {
-			trace.TLSHandshakeDone(conn.ConnectionState(), err)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("TLS handshake: %w", plain(err))
-		}
-	}
-	release := onDone(ctx, func() { l.SetDeadline(past) })
-	config := &websocket.Config{
-		Location: u, Origin: &origin, Version: websocket.ProtocolVersionHybi13, Header: header,
-	}
-	if u.User != nil {
-		password, _ := u.User.Password()
-		config.Header.Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(u.User.Username()+":"+password)))
-	}
-	l.opening, l.budget, l.masks = true, maxHandshake, true
-	_, err := websocket.NewClient(config, l)
-	l.opening = false
-	release()
-	switch {
-	case ctx.Err() == context.DeadlineExceeded:
-		return nil, fmt.Errorf("websocket handshake: %w within %v", errNoAnswer, handshakeTimeout)
-	case err == websocket.ErrBadStatus:
-		return nil, l.status()
-	case err == io.EOF, err == io.ErrUnexpectedEOF:
-		return nil, fmt.Errorf("websocket handshake: %w", errUnanswered)
-	case err != nil: // it may quote the answer
-		return nil, fmt.Errorf("websocket handshake: %.200s", plain(err).Error())
-	}
-	l.SetDeadline(time.Time{})
-	return newInbox(l, l.early(), 512), nil
-}
-
-// status reads the first line of the answer. RFC 9112 4.
-func (l *link) status() statusError {
-	line, _, _ := strings.Cut(string(l.answer[:min(len(l.answer), 80)]), "\r\n")
-	_, line, _ = strings.Cut(line, " ")
-	code, _ := strconv.Atoi(line[:min(len(line), 3)])
-	return statusError{code, strconv.QuoteToASCII(line)}
-}
-
-// early returns what came after the header of the relay's answer: x/net may
-// have read that too.
-func (l *link) early() []byte {
-	end := len(l.answer)
-	for _, blank := range []string{"\n\r\n", "\n\n"} {
-		if i := bytes.Index(l.answer, []byte(blank)); i >= 0 {
-			end = min(end, i+len(blank))
-		}
-	}
-	early := l.answer[end:]
-	l.answer = nil
-	return early
-}
-
-// present shows the token, and waits for the relay to say that it is good.
-func (l *link) present(ctx context.Context, in *inbox, token string) error {
-	return l.exchange(ctx, "token", appendFrame(nil, opText, []byte(token), l.masks), func() error {
+// showToken sends the token, and waits until the relay has said that it is good.
+// Video that others send on the same path meanwhile is discarded.
+func showToken(ctx context.Context, conn net.Conn, in *inbox, token string) error {
+	return exchange(ctx, "token", conn, in, appendFrame(nil, opText, []byte(token), masked), func() error {
 		for {
 			opcode, b, err := in.message(maxHandshake)
-			if err == errTooLong || err == nil && opcode != opText {
+			switch {
+			case opcode == opBinary && (err == nil || err == errTooLong):
 				continue
-			}
-			if err != nil {
+			case err == errTooLong:
+				return errLongAnswer
+			case err != nil:
 				return err
 			}
 			var answer struct {
@@ -398,17 +413,17 @@ func (l *link) present(ctx context.Context, in *inbox, token string) error {
 				return errors.New(`the relay's first text message is not {"authorised":…}`)
 			}
 			if !*answer.Authorised {
-				return tokenRefused{fmt.Sprintf("the relay refuses the token: %.200q", answer.Reason)}
+				return tokenRefusedError{fmt.Errorf("the relay refuses the token: %s", quoted(answer.Reason, maxText))}
 			}
 			return nil
 		}
 	})
 }
 
-// prove waits for an answer to a ping: a relay may accept the handshake, and
-// then leave a connection alone whose code was not good.
-func (l *link) prove(ctx context.Context, in *inbox) error {
-	return l.exchange(ctx, "access: ping", appendFrame(nil, opPing, nil, l.masks), func() error {
+// awaitPong waits for an answer to a ping: a relay may accept the handshake, and
+// then leave a connection alone whose code was not good. Video is discarded.
+func awaitPong(ctx context.Context, conn net.Conn, in *inbox) error {
+	return exchange(ctx, "access: ping", conn, in, appendFrame(nil, opPing, nil, masked), func() error {
 		for {
 			if opcode, err := in.next(); err != nil || opcode == opPong {
 				return err
@@ -417,24 +432,23 @@ func (l *link) prove(ctx context.Context, in *inbox) error {
 	})
 }
 
-// exchange writes frame, and then waits for answer, which reads at most 16 KiB
-// within 5 s. It is called before serve, while nobody else reads or writes.
-func (l *link) exchange(ctx context.Context, what string, frame []byte, answer func() error) error {
+// exchange writes frame, and then waits for answer within 5 s. Nobody else reads
+// or writes meanwhile.
+func exchange(ctx context.Context, what string, conn net.Conn, in *inbox, frame []byte, answer func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
-	release := onDone(ctx, func() { l.SetDeadline(past) })
-	l.opening, l.budget = true, maxHandshake
-	_, err := l.Conn.Write(frame)
+	release := onDone(ctx, func() { conn.SetDeadline(past) })
+	in.ping = func(payload []byte) { conn.Write(appendFrame(nil, opPong, payload, masked)) }
+	_, err := conn.Write(frame)
 	if err == nil {
 		err = answer()
 	}
-	l.opening, l.answer = false, nil
 	release()
 	switch {
 	case err == nil:
-		l.SetDeadline(time.Time{})
+		conn.SetDeadline(time.Time{})
 		return nil
-	case errors.As(err, new(tokenRefused)):
+	case errors.As(err, new(tokenRefusedError)):
 		return err
 	case ctx.Err() == context.DeadlineExceeded:
 		return fmt.Errorf("%s: %w within %v", what, errNoAnswer, handshakeTimeout)
@@ -443,5 +457,5 @@ func (l *link) exchange(ctx context.Context, what string, frame []byte, answer f
 	case err == io.EOF, err == io.ErrUnexpectedEOF:
 		return fmt.Errorf("%s: %w", what, errUnanswered)
 	}
-	return fmt.Errorf("%s: %w", what, plain(err))
+	return fmt.Errorf("%s: %w", what, withoutAddresses(err))
 }

@@ -100,7 +100,14 @@ func TestToken(t *testing.T) {
 				write(conn, frame(0x82, strings.Repeat("x", 1000)))
 			}
 			return false
-		}, 9, 15, "longer than 16384 bytes"},
+		}, 9, 15, "token: closed without an answer"},
+		{"video of others before it", func(conn net.Conn) bool {
+			for range 1000 {
+				write(conn, frame(0x82, strings.Repeat("x", 1000)), frame(0x82, strings.Repeat("x", 20000)))
+			}
+			write(conn, frame(0x81, yes))
+			return true
+		}, 1, 1, "msg=connected"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -311,7 +318,7 @@ func TestTokenTLS(t *testing.T) {
 		if n := seen.Load() - before; n > 0 {
 			t.Errorf("%s: got %d tokens without a good certificate", scheme, n)
 		}
-		r.roots = ca.roots
+		r.dialer.roots = ca.roots
 		set("known")
 		waitFor(t, "a connection", func() bool { return strings.Contains(log.String(), "msg=connected dest=known") })
 		r.deleteDestinations()
@@ -321,8 +328,8 @@ func TestTokenTLS(t *testing.T) {
 	}
 }
 
-// TestAllowed: a code that was asked for over TLS is not sent in the clear.
-func TestAllowed(t *testing.T) {
+// TestAllowedURL: a code that was asked for over TLS is not sent in the clear.
+func TestAllowedURL(t *testing.T) {
 	tests := []struct{ access, uri, want string }{ // want: in the error
 		{"http://a", "ws://b/?code=1", ""},
 		{"http://a", "wss://b/?code=1", ""},
@@ -337,8 +344,7 @@ func TestAllowed(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		d := &destination{url: u}
-		got, err := d.allowed([]byte(`{"uri":"` + tt.uri + `"}`))
+		got, err := allowedURL(u, []byte(`{"uri":"`+tt.uri+`"}`))
 		switch {
 		case tt.want == "" && (err != nil || got.String() != tt.uri):
 			t.Errorf("%s, %s: got %v, %v", tt.access, tt.uri, got, err)
@@ -401,7 +407,7 @@ func TestProxyAnswers(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				l := newLab(t, tt.proxy)
-				l.proxy = proxyAt(t, "http://any:secret@10.0.0.1:3128")
+				l.dialer.proxy = proxyAt(t, "http://any:secret@10.0.0.1:3128")
 				defer l.close()
 				l.send("video0", "ws://relay/in/x")
 				time.Sleep(60 * time.Second)
@@ -424,11 +430,11 @@ func TestProxyAnswers(t *testing.T) {
 func TestProxyScheme(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newLab(t, nil)
-		l.proxy = proxyAt(t, "socks5://any:secret@10.0.0.1:1080")
+		l.dialer.proxy = proxyAt(t, "socks4://any:secret@10.0.0.1:1080")
 		defer l.close()
 		l.send("video0", "ws://relay")
 		time.Sleep(10 * time.Second)
-		const want = `proxy 10.0.0.1:1080: the scheme is \"socks5\", it must be http or https`
+		const want = `proxy 10.0.0.1:1080: the scheme is \"socks4\", it must be http, https or socks5`
 		if log := l.log.String(); !strings.Contains(log, want) || l.dials.Load() > 0 {
 			t.Errorf("got %d dials and the log\n%swant none and %q", l.dials.Load(), log, want)
 		}
@@ -469,8 +475,8 @@ func TestProxyTunnel(t *testing.T) {
 			serveEach(t, proxy, passTunnels(&tunnels))
 			var log logBuffer
 			r, ctx, tasks := realRules(t, &log)
-			r.roots = ca.roots
-			r.proxy = proxyAt(t, tt.proxy+"://lab:s3cr%3At@"+proxy.Addr().String())
+			r.dialer.roots = ca.roots
+			r.dialer.proxy = proxyAt(t, tt.proxy+"://lab:s3cr%3At@"+proxy.Addr().String())
 			tasks.Go(func() { load(ctx, r, "video0") })
 			r.to(t, "0", "video0", tt.relay+"://"+relay.Addr().String())
 			waitFor(t, "video", func() bool { return messages.Load() > 20 })
@@ -571,10 +577,11 @@ func TestE2ETokens(t *testing.T) {
 	watch := func(url, token string) {
 		t.Helper()
 		if strings.HasPrefix(url, "http") {
-			d := &destination{rule: destinationRule{Token: token}}
-			d.url, _ = cleanURL(url)
-			d.dial = newRules(t.Context(), newMux(), time.Second, discardLog).dial
-			u, err := d.access(t.Context(), make(http.Header))
+			access, err := cleanURL(url)
+			if err != nil {
+				t.Fatal(err)
+			}
+			u, err := (&attempt{dialer: newDialer()}).access(t.Context(), target{url: access, token: token, header: make(http.Header)})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -653,10 +660,9 @@ func FuzzRelay(f *testing.F) {
 			conn.Close()
 		})
 		defer l.close()
-		u, _ := url.Parse("ws://u:" + secretUser + "@relay/in")
-		d := &destination{rule: destinationRule{Stream: "video0"}, url: u, mux: l.mux, dial: l.dial, maxLag: time.Second, log: slog.New(slog.NewTextHandler(log, nil))}
-		d.hush, d.isLive = func() {}, func() {}
-		_, err := d.connect(t.Context(), true)
+		rule := destinationRule{Stream: "video0", Destination: "ws://u:" + secretUser + "@relay/in"}
+		d := newDestination(newUplink(rule, l.dialer, slog.New(slog.NewTextHandler(log, nil))), l.mux, time.Second)
+		_, err := d.connect(t.Context(), d.send, true)
 		d.log.Info("ended", "err", err)
 		checkLog(t, log.String())
 		if len(err.Error()) > 300 {

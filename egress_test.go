@@ -35,7 +35,7 @@ func TestBackoff(t *testing.T) {
 		{"SSH", replies("SSH-2.0-OpenSSH_9.2\r\n"), 9, 15, "SSH-2.0-OpenSSH_9.2"},
 		{"a line for the log", replies("HTTP/1.1 500 a\x1b[31mb\r\n\r\n"), 9, 15, `\\x1b`},
 		{"not a websocket", replies("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"), 9, 15, "200 OK"},
-		{"a wrong accept", replies("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: x\r\n\r\n"), 9, 15, "mismatch challenge/response"},
+		{"a wrong accept", replies("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: x\r\n\r\n"), 9, 15, "does not belong to our key"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -39,11 +39,10 @@ const (
 
 // Why a link ends, other than by its network.
 var (
-	errRemoved    = errors.New("rule removed")
-	errChanged    = errors.New("rule changed")
-	errTakenOver  = errors.New("taken over by the new URL")
-	errPeerClosed = errors.New("closed by the other side")
-	errShutdown   = errors.New("vw is shutting down") // ends everything that runs
+	errRemoved   = errors.New("rule removed")
+	errChanged   = errors.New("rule changed")
+	errTakenOver = errors.New("taken over by the new URL")
+	errShutdown  = errors.New("vw is shutting down") // ends everything that runs
 )
 
 // link is a connection to one reader. Only its send loop writes.
@@ -52,17 +51,12 @@ type link struct {
 
 	// static after construction
 	log     *slog.Logger
-	tcp     *net.TCPConn // below Conn; nil when there is none
-	masks   bool         // we are the client. RFC 6455 5.3
-	batch   int          // bytes in a write
+	in      *inbox       // what the other side sends; nil if the link only sends
+	out     form         // of the frames that it sends
+	tcp     *net.TCPConn // below Conn; nil if there is none
 	resumes bool         // a write that a deadline ends can go on: TCP, but not TLS
 	pings   time.Duration
-	silence time.Duration // most between two reads; 0: any
-
-	// owned by the goroutine that does the handshake, static after it
-	opening bool
-	answer  []byte // of the relay
-	budget  int    // bytes that the answer may still have
+	silence time.Duration // the longest time between two reads; 0: any
 
 	control chan []byte // frames that go between two messages
 	wake    func()      // makes the send loop look at them
@@ -87,84 +81,111 @@ type sentPing struct {
 	payload [8]byte
 }
 
-func newLink(conn net.Conn, log *slog.Logger) *link {
-	tcp, _ := conn.(*net.TCPConn)
-	l := &link{
-		Conn: conn, tcp: tcp, log: log, batch: maxBatch, resumes: true, pings: pingEvery,
-		control: make(chan []byte, 16),
+// newLink returns a link over conn on which in has read so far; a nil in is for
+// a connection that takes packets alone and is not read.
+func newLink(conn net.Conn, in *inbox, log *slog.Logger) *link {
+	l := &link{Conn: conn, in: in, out: raw, tcp: tcpBelow(conn), log: log, control: make(chan []byte, 16)}
+	if in == nil {
+		return l
 	}
-	if secure, ok := conn.(*tls.Conn); ok { // to a proxy
-		l.tcp, _ = secure.NetConn().(*net.TCPConn)
-		l.cannotResume()
+	_, secure := conn.(*tls.Conn)
+	l.resumes, l.pings, l.out = !secure, pingEvery, bare
+	if in.from == bare { // a server
+		l.out, l.silence = masked, maxSilence
 	}
+	in.source = l
+	in.ping = func(payload []byte) { l.reply(opPong, payload) }
+	in.pong = l.takePong
 	return l
 }
 
-// cannotResume: the connection is lost when a deadline ends a write.
-func (l *link) cannotResume() {
-	l.batch, l.resumes = maxRecord, false
+// tcpBelow returns the TCP connection that carries conn, or nil.
+func tcpBelow(conn net.Conn) *net.TCPConn {
+	for {
+		switch c := conn.(type) {
+		case *net.TCPConn:
+			return c
+		case *tls.Conn:
+			conn = c.NetConn()
+		default:
+			return nil
+		}
+	}
 }
 
 // subscribe returns a queue for what l is to send.
-func (l *link) subscribe(f form, maxAge time.Duration) *subscriber {
+func (l *link) subscribe(maxAge time.Duration) *subscriber {
 	var interrupt func()
 	if l.resumes {
 		interrupt = func() { l.SetWriteDeadline(past) }
 	}
-	s := newSubscriber(f, maxAge, interrupt)
+	s := newSubscriber(l.out, maxAge, interrupt)
 	l.wake = s.wake
 	return s
 }
 
-// Read reads for x/net while it does the handshake, and then for an inbox.
-func (l *link) Read(p []byte) (int, error) {
-	if !l.opening {
-		if l.silence > 0 {
-			l.SetReadDeadline(time.Now().Add(l.silence))
-		}
-		n, err := l.Conn.Read(p)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			err = fmt.Errorf("nothing read for %v", l.silence)
-		}
-		if l.read += n; l.masks && l.read >= maxRead {
-			l.read = 0
-			time.Sleep(time.Millisecond) // a relay that says so much is not worth a processor
-		}
-		return n, plain(err)
+// deliver sends what the feed or stream called name has, until ctx is done or
+// one of the sides ends. s is the queue of l; it has ended then. quiet is called
+// when nothing more will be written; it may be nil. deliver returns why it ended.
+func (l *link) deliver(ctx context.Context, x *mux, name string, s *subscriber, quiet func()) (counters, error) {
+	x.join(name, s)
+	var err error
+	if l.in == nil {
+		err = l.send(ctx, s)
+	} else {
+		err = l.serve(ctx, s, l.discard, quiet)
 	}
-	if l.budget == 0 {
-		return 0, fmt.Errorf("the answer is longer than %d bytes", maxHandshake)
-	}
-	n, err := l.Conn.Read(p[:min(len(p), l.budget)])
-	l.budget -= n
-	l.answer = append(l.answer, p[:n]...)
-	return n, err
+	x.leave(name, s)
+	return s.end(), err
 }
 
-// reply leaves a control frame to the send loop, or writes it where there is
-// none yet. When too many wait it is dropped: who sends pings by the thousand
-// may miss a pong.
+// Read reads for the inbox.
+func (l *link) Read(p []byte) (int, error) {
+	if l.silence > 0 {
+		l.SetReadDeadline(time.Now().Add(l.silence))
+	}
+	n, err := l.Conn.Read(p)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = fmt.Errorf("nothing read for %v", l.silence)
+	}
+	if l.read += n; l.out == masked && l.read >= maxRead {
+		l.read = 0
+		time.Sleep(time.Millisecond) // a relay that sends this much is not worth a processor
+	}
+	return n, withoutAddresses(err)
+}
+
+// reply leaves a control frame to the send loop, or drops it when too many
+// wait: who sends pings by the thousand may miss a pong. It does not block.
 func (l *link) reply(opcode byte, payload []byte) {
 	if len(l.control) == cap(l.control) {
 		return
 	}
-	frame := appendFrame(nil, opcode, payload, l.masks)
-	if l.opening {
-		l.Conn.Write(frame)
-		return
-	}
 	select {
-	case l.control <- frame:
+	case l.control <- appendFrame(nil, opcode, payload, l.out):
 		l.wake()
 	default:
 	}
 }
 
+// sendText leaves a text message to the send loop. It blocks while too much
+// waits there.
+func (l *link) sendText(ctx context.Context, text []byte) error {
+	select {
+	case l.control <- appendFrame(nil, opText, text, l.out):
+		l.wake()
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
 // serve runs an open websocket until ctx is done or one of its sides ends:
 // read in a goroutine of its own, which must return when the connection
-// closes, and the send loop in this one. It calls quiet when nothing of the
-// media will be written any more, closes the connection, and returns why.
-func (l *link) serve(ctx context.Context, s *subscriber, read func() error, quiet func()) error {
+// closes or its context is done, and the send loop in this one. It calls quiet,
+// if that is not nil, when nothing of the media will be written any more, closes
+// the connection, and returns why.
+func (l *link) serve(ctx context.Context, s *subscriber, read func(context.Context) error, quiet func()) error {
 	removed := ctx.Done()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -173,9 +194,9 @@ func (l *link) serve(ctx context.Context, s *subscriber, read func() error, quie
 	gone := make(chan struct{})
 	reader.Go(func() {
 		defer close(gone)
-		err := read()
+		err := read(ctx)
 		if err == nil || err == io.EOF {
-			err = errPeerClosed
+			err = closeError{}
 		}
 		cancel(err)
 	})
@@ -185,10 +206,10 @@ func (l *link) serve(ctx context.Context, s *subscriber, read func() error, quie
 	return why
 }
 
-// discard reads what a relay or viewer sends, until the connection ends.
-func discard(in *inbox) error {
+// discard reads what the other side sends, until the connection ends.
+func (l *link) discard(context.Context) error {
 	for {
-		if _, err := in.next(); err != nil {
+		if _, err := l.in.next(); err != nil {
 			return err
 		}
 	}
@@ -210,7 +231,7 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 		now := time.Now()
 		var frame []byte // one a turn: who pings us by the thousand does not hold up the media
 		if l.pings > 0 && now.Sub(pinged) >= l.pings {
-			frame = l.newPing(now)
+			frame = appendFrame(nil, opPing, l.newPing(now), l.out)
 			pinged = now
 			ping.Reset(l.pings)
 			s.wake() // there may be others
@@ -233,7 +254,7 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 	}
 }
 
-// newPing returns the frame of a ping that can be told from others, or of the
+// newPing returns the payload of a ping that can be told from others, or of the
 // one that is waited for.
 func (l *link) newPing(now time.Time) []byte {
 	p := l.ping.Load()
@@ -242,15 +263,47 @@ func (l *link) newPing(now time.Time) []byte {
 		crand.Read(p.payload[:])
 		l.ping.Store(p)
 	}
-	return appendFrame(nil, opPing, p.payload[:], l.masks)
+	return p.payload[:]
 }
 
-// hear takes the payload of a pong.
-func (l *link) hear(payload []byte) {
+// takePong takes the payload of a pong.
+func (l *link) takePong(payload []byte) {
 	if p := l.ping.Load(); p != nil && bytes.Equal(payload, p.payload[:]) {
 		l.roundTrip.Store(int64(time.Since(p.at)))
 		l.ping.CompareAndSwap(p, nil)
 	}
+}
+
+// pingOnRequest makes l send no pings but those of measureRoundTrip.
+func (l *link) pingOnRequest() { l.pings = 0 }
+
+// measureRoundTrip sends a ping and waits at most 5 s for its pong. ended yields
+// why the connection has ended.
+func (l *link) measureRoundTrip(ended <-chan error) (time.Duration, error) {
+	l.reply(opPing, l.newPing(time.Now()))
+	timeout := time.After(maxStall)
+	for l.ping.Load() != nil {
+		select {
+		case err := <-ended:
+			return 0, err
+		case <-timeout:
+			return 0, fmt.Errorf("no answer to a ping within %v", maxStall)
+		case <-time.After(time.Millisecond):
+		}
+	}
+	return l.lastRoundTrip(), nil
+}
+
+// lastRoundTrip returns how long the last ping and its pong took; 0 if none has.
+func (l *link) lastRoundTrip() time.Duration { return time.Duration(l.roundTrip.Load()) }
+
+// inKernel returns how many bytes the kernel holds that the next machine has not
+// acknowledged; 0 where that is not known.
+func (l *link) inKernel() int {
+	if l.tcp == nil {
+		return 0
+	}
+	return unacked(l.tcp)
 }
 
 // sendControl writes one control frame, between two messages.
@@ -262,7 +315,7 @@ func (l *link) sendControl(ctx context.Context, frame []byte) error {
 	}
 	if n, err := l.Conn.Write(frame); err != nil {
 		l.torn = n > 0
-		return plain(err)
+		return withoutAddresses(err)
 	}
 	l.stalled = time.Time{}
 	return nil
@@ -281,7 +334,7 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber, start time.Time) er
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		l.iov = s.take(l.iov[:0], l.batch, !l.resumes, start)
+		l.iov = s.take(l.iov[:0], l.batch(), !l.resumes, start)
 		if len(l.iov) == 0 {
 			if s.drained() {
 				return errTakenOver
@@ -297,7 +350,7 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber, start time.Time) er
 			l.log.Warn("the reader was too slow and has caught up", "dropped", p.lagged)
 		}
 		if err != nil && (!l.resumes || !errors.Is(err, os.ErrDeadlineExceeded)) {
-			return plain(err)
+			return withoutAddresses(err)
 		}
 		switch {
 		case err == nil || n > 0:
@@ -322,6 +375,14 @@ func (l *link) patience() time.Duration {
 	return maxStall * 4 / 3 // of which a quarter may be over
 }
 
+// batch returns the most bytes in one write.
+func (l *link) batch() int {
+	if l.resumes {
+		return maxBatch
+	}
+	return maxRecord
+}
+
 // write hands l.iov to the connection: one writev, or one write of a record.
 func (l *link) write() (int, error) {
 	if len(l.iov) == 1 {
@@ -343,26 +404,16 @@ func (l *link) write() (int, error) {
 // else so that the kernel sends nothing more.
 func (l *link) close(why error, s *subscriber, gone, removed <-chan struct{}, quiet func()) {
 	defer l.Conn.Close()
-	code := closeCode(why)
-	l.SetWriteDeadline(time.Now().Add(closeTimeout))
-	torn := l.torn
-	if l.iov = s.unfinished(l.iov[:0]); len(l.iov) > 0 {
-		torn = torn || code != 1001 || !l.resumes
-		if !torn {
-			_, err := l.write()
-			torn = err != nil
-		}
+	ok := l.finish(why, s)
+	if !ok {
+		l.abort()
 	}
-	stuck := code != 1001 && why != errTakenOver && l.tcp != nil && unsent(l.tcp) > 0
-	if code == 0 || torn || stuck || l.sendClose(code) != nil {
-		if l.tcp != nil {
-			l.tcp.SetLinger(0)
-			l.tcp.Close()
-		}
+	if quiet != nil {
 		quiet()
+	}
+	if !ok {
 		return
 	}
-	quiet()
 	wait := closeTimeout
 	if why == errTakenOver {
 		wait = maxTakeOver // what the kernel holds is on no other connection
@@ -377,6 +428,28 @@ func (l *link) close(why error, s *subscriber, gone, removed <-chan struct{}, qu
 	case <-removed:
 	case <-timeout.C:
 	}
+	l.abort()
+}
+
+// finish writes the rest of a message that is begun where that is due, then a
+// close frame. It reports whether the other side can be expected to read that.
+func (l *link) finish(why error, s *subscriber) bool {
+	status := closeStatus(why)
+	l.SetWriteDeadline(time.Now().Add(closeTimeout))
+	torn := l.torn
+	if l.iov = s.unfinished(l.iov[:0]); len(l.iov) > 0 {
+		torn = torn || status != 1001 || !l.resumes
+		if !torn {
+			_, err := l.write()
+			torn = err != nil
+		}
+	}
+	stuck := status != 1001 && why != errTakenOver && l.tcp != nil && unsent(l.tcp) > 0
+	return status != 0 && !torn && !stuck && l.sendClose(status) == nil
+}
+
+// abort closes the connection so that the kernel sends nothing more.
+func (l *link) abort() {
 	if l.tcp != nil {
 		l.tcp.SetLinger(0)
 		l.tcp.Close()
@@ -384,8 +457,8 @@ func (l *link) close(why error, s *subscriber, gone, removed <-chan struct{}, qu
 }
 
 // sendClose writes a close frame. RFC 6455 5.5.1.
-func (l *link) sendClose(code uint16) error {
-	_, err := l.Conn.Write(appendFrame(nil, opClose, binary.BigEndian.AppendUint16(nil, code), l.masks))
+func (l *link) sendClose(status uint16) error {
+	_, err := l.Conn.Write(appendFrame(nil, opClose, binary.BigEndian.AppendUint16(nil, status), l.out))
 	return err
 }
 
@@ -407,9 +480,9 @@ func onDone(ctx context.Context, f func()) (release func()) {
 	}
 }
 
-// plain leaves the addresses out of an error of a connection: what the log is
-// told once must read the same the next time.
-func plain(err error) error {
+// withoutAddresses leaves the addresses out of an error of a connection: errors
+// must compare equal across attempts, so that the log is told of each once.
+func withoutAddresses(err error) error {
 	var op *net.OpError
 	var call *os.SyscallError
 	switch {
@@ -419,4 +492,21 @@ func plain(err error) error {
 		return fmt.Errorf("%s: %w", op.Op, op.Err)
 	}
 	return err
+}
+
+// closeStatus returns the status of our close frame; 0 for none. RFC 6455 7.4.1.
+func closeStatus(why error) uint16 {
+	switch {
+	case errors.Is(why, errRemoved), errors.Is(why, errChanged), errors.Is(why, errTakenOver), errors.As(why, new(closeError)):
+		return 1000
+	case errors.Is(why, errShutdown):
+		return 1001 // going away
+	case errors.Is(why, errProtocol):
+		return 1002 // protocol error
+	case errors.Is(why, errNotTS):
+		return 1003
+	case errors.Is(why, errReplaced):
+		return 1008
+	}
+	return 0
 }

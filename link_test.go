@@ -26,6 +26,15 @@ func (g *gathered) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
+// readConn is a connection that is only read.
+type readConn struct {
+	net.Conn
+	io.Reader
+}
+
+func (c readConn) Read(p []byte) (int, error)      { return c.Reader.Read(p) }
+func (c readConn) SetReadDeadline(time.Time) error { return nil }
+
 // TestEarly: frames that come with the relay's answer, and with a publisher's
 // request. What is no frame is answered with status 1002.
 func TestEarly(t *testing.T) {
@@ -65,7 +74,7 @@ func TestEarly(t *testing.T) {
 	conn.SetDeadline(time.Now().Add(5 * time.Second))
 	ask := "GET /in/video0 HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
 		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nOrigin: http://localhost\r\n\r\n"
-	conn.Write(appendFrame([]byte(ask), opPing, []byte("early"), true))
+	conn.Write(appendFrame([]byte(ask), opPing, []byte("early"), masked))
 	r := bufio.NewReader(conn)
 	if a, err := http.ReadResponse(r, nil); err != nil || a.StatusCode != http.StatusSwitchingProtocols {
 		t.Fatalf("got %v, %v", a, err)
@@ -83,8 +92,7 @@ func TestEarly(t *testing.T) {
 // TestMuchRead: what a relay sends is read at 4 MB/s at most.
 func TestMuchRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLink(readConn{Reader: bytes.NewReader(make([]byte, 1<<20))}, discardLog)
-		l.masks = true
+		l := newLink(readConn{Reader: bytes.NewReader(make([]byte, 1<<20))}, newInbox(nil, nil, bare, 512), discardLog)
 		start := time.Now()
 		if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{l}, make([]byte, 1000)); n != 1<<20 || err != nil {
 			t.Errorf("got %d bytes, %v", n, err)

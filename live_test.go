@@ -190,8 +190,8 @@ func TestDeadPath(t *testing.T) {
 func TestMute(t *testing.T) {
 	r, ctx, tasks := realRules(t, io.Discard)
 	var conn atomic.Pointer[watch]
-	dial := r.dial
-	r.dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+	dial := r.dialer.dial
+	r.dialer.dial = func(ctx context.Context, network, address string) (net.Conn, error) {
 		c, err := dial(ctx, network, address)
 		w := &watch{Conn: c, slow: 2 * time.Millisecond}
 		conn.Store(w)
@@ -272,7 +272,7 @@ func TestMuteSeen(t *testing.T) {
 			relay := &chaosRelay{t: t, rcvbuf: 64 << 10}
 			if way == "wss" {
 				relay.tls = ca.server
-				r.roots = ca.roots
+				r.dialer.roots = ca.roots
 			}
 			check := newTSCheck()
 			var since atomic.Pointer[time.Time] // of the mute in force

@@ -47,7 +47,7 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 		return 2
 	case len(args) == 1 && args[0] == "stream":
 	case len(args) == 2 && args[0] == "check":
-		return check(ctx, args[1], stdout, stderr)
+		return check(ctx, destinationRule{ID: "check", Stream: "check", Destination: args[1]}, stdout, stderr)
 	case len(args) == 1 && args[0] == "devices", slices.Equal(args, []string{"devices", "-json"}):
 	case len(args) == 1 && args[0] == "version":
 		fmt.Fprintln(stdout, "vw", version())
@@ -157,7 +157,7 @@ func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logge
 // stored. It ends with ctx, and is reached on port.
 func newProgram(ctx context.Context, set settings, port int, log *slog.Logger) (*server, error) {
 	r := newRules(ctx, newMux(), set.maxLag, log)
-	r.proxy = http.ProxyFromEnvironment
+	r.dialer.proxy = http.ProxyFromEnvironment
 	if set.state != "" {
 		if err := r.keep(set.state); err != nil {
 			return nil, settingError{"VW_STATE", set.state, err}

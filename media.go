@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -84,17 +85,12 @@ func (m *media) getTS(w http.ResponseWriter, r *http.Request) {
 	}
 	conn := &response{w: w, c: http.NewResponseController(w)}
 	conn.c.Flush()
-	l := newLink(conn, m.log.With("stream", name, "remote", r.RemoteAddr))
-	l.cannotResume()
-	l.pings = 0
-	sub := l.subscribe(raw, m.maxLag)
-	m.mux.join(name, sub)
+	l := newLink(conn, nil, m.log.With("stream", name, "remote", r.RemoteAddr))
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
 	defer context.AfterFunc(m.ctx, func() { cancel(errShutdown) })()
-	l.log.Info("reader left", "err", l.send(ctx, sub))
-	m.mux.leave(name, sub)
-	sub.end()
+	_, err = l.deliver(ctx, m.mux, name, l.subscribe(m.maxLag), nil)
+	l.log.Info("reader left", "err", err)
 }
 
 // response lets a link write to a GET: its Write is not done before the bytes
@@ -123,27 +119,31 @@ func (m *media) in(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer m.door.settle(r) // http.Server does not tell the end of a connection that was hijacked
-	m.upgrade(w, r, func(l *link, in *inbox) error {
-		l.log = m.log.With("feed", name, "remote", r.RemoteAddr)
-		l.log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
+	log := m.log.With("feed", name, "remote", r.RemoteAddr)
+	m.upgrade(w, r, log, func(l *link) error {
+		log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
 		ctx, cancel := context.WithCancelCause(m.ctx)
 		defer cancel(nil)
 		p := newPublisher(r, func() { cancel(errReplaced) })
 		p.begun = func() { m.door.settle(r) }
-		return l.serve(ctx, l.subscribe(bare, m.maxLag), func() error {
-			return m.mux.publish(name, p, cutOff{in})
-		}, func() {})
+		return l.serve(ctx, l.subscribe(m.maxLag), func(context.Context) error {
+			return m.mux.publish(name, p, websocketBody{l.in})
+		}, nil)
 	})
 }
 
-// cutOff is a reader whose end is never a proper one: a websocket may close in
-// the middle of a frame of video.
-type cutOff struct{ io.Reader }
+// websocketBody reads the media that a publisher sends over a websocket. Its proper
+// end is a close frame after a whole message, as the last chunk of a body is.
+type websocketBody struct{ in *inbox }
 
-func (c cutOff) Read(p []byte) (int, error) {
-	n, err := c.Reader.Read(p)
-	if err == io.EOF {
-		err = errPeerClosed
+func (b websocketBody) Read(p []byte) (int, error) {
+	n, err := b.in.Read(p)
+	var closed closeError
+	switch {
+	case err == io.EOF:
+		err = io.ErrUnexpectedEOF
+	case errors.As(err, &closed) && !closed.inside:
+		err = io.EOF
 	}
 	return n, err
 }
@@ -161,14 +161,10 @@ func (m *media) out(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer leave()
-	m.upgrade(w, r, func(l *link, in *inbox) error {
-		l.log = m.log.With("stream", name, "remote", r.RemoteAddr)
-		l.log.Info("reader arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
-		sub := l.subscribe(bare, m.maxLag)
-		m.mux.join(name, sub)
-		err := l.serve(m.ctx, sub, func() error { return discard(in) }, func() {})
-		m.mux.leave(name, sub)
-		sub.end()
+	log := m.log.With("stream", name, "remote", r.RemoteAddr)
+	m.upgrade(w, r, log, func(l *link) error {
+		log.Info("reader arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
+		_, err := l.deliver(m.ctx, m.mux, name, l.subscribe(m.maxLag), nil)
 		return err
 	})
 }
@@ -176,22 +172,21 @@ func (m *media) out(w http.ResponseWriter, r *http.Request) {
 // upgrade makes a websocket of the request, and closes it when serve returns.
 // The first subprotocol that is offered is accepted, whatever it is: JSMpeg
 // offers "null".
-func (m *media) upgrade(w http.ResponseWriter, r *http.Request, serve func(*link, *inbox) error) {
+func (m *media) upgrade(w http.ResponseWriter, r *http.Request, log *slog.Logger, serve func(*link) error) {
 	if err := checkUpgrade(r); err != nil {
 		w.Header().Set("Upgrade", "websocket")
 		w.Header().Set("Sec-WebSocket-Version", websocket.SupportedProtocolVersion)
 		refuse(w, r, err)
 		return
 	}
-	h := &hijacker{ResponseWriter: w, log: m.log}
+	h := &hijacker{ResponseWriter: w, log: log}
 	websocket.Server{
 		Handshake: func(c *websocket.Config, _ *http.Request) error {
 			c.Protocol = c.Protocol[:min(len(c.Protocol), 1)]
 			return nil
 		},
 		Handler: func(*websocket.Conn) {
-			err := serve(h.link, h.inbox)
-			h.link.log.Info("websocket ended", "err", err)
+			log.Info("websocket ended", "err", serve(h.link))
 		},
 	}.ServeHTTP(h, r)
 }
@@ -199,9 +194,8 @@ func (m *media) upgrade(w http.ResponseWriter, r *http.Request, serve func(*link
 // hijacker makes a link of the connection that x/net upgrades.
 type hijacker struct {
 	http.ResponseWriter
-	log   *slog.Logger
-	link  *link
-	inbox *inbox
+	log  *slog.Logger
+	link *link
 }
 
 // Hijack implements http.Hijacker.
@@ -211,8 +205,7 @@ func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		return nil, nil, err
 	}
 	conn.SetWriteDeadline(time.Now().Add(time.Second)) // its peer may not read
-	h.link = newLink(conn, h.log)
-	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // frames that came with the request
-	h.inbox = newInbox(h.link, bytes.Clone(early), 4<<10)
+	early, _ := rw.Reader.Peek(rw.Reader.Buffered())   // frames that came with the request
+	h.link = newLink(conn, newInbox(conn, bytes.Clone(early), masked, 4<<10), h.log)
 	return conn, rw, nil
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -157,22 +156,33 @@ func TestInOut(t *testing.T) {
 	call("DELETE /api/destinations/1")
 }
 
-// TestCutOff: neither a close frame nor the end of the connection ends a
-// publisher's last frame.
-func TestCutOff(t *testing.T) {
+// TestWebsocketBody: a close frame after a whole message ends a publisher's last
+// frame, as a body's end does; the end of the connection does not.
+func TestWebsocketBody(t *testing.T) {
 	clip := testClip(12, 3000)
 	clip = clip[:len(clip)-packetSize] // which told that its frame ends
-	for name, end := range map[string][]byte{"closed": appendFrame(nil, opClose, []byte{3, 0xe8}, true), "lost": nil} {
+	whole := appendFrame(nil, opBinary, clip, masked)
+	part := slices.Clone(whole)
+	part[0] &^= 0x80 // not its final fragment
+	for _, tt := range []struct {
+		name string
+		wire []byte
+		want error
+	}{
+		{"closed", appendFrame(whole[:len(whole):len(whole)], opClose, []byte{3, 0xe8}, masked), nil},
+		{"closed without a status", appendFrame(whole[:len(whole):len(whole)], opClose, nil, masked), nil},
+		{"closed inside a message", appendFrame(part, opClose, []byte{3, 0xe8}, masked), closeError{1000, true}},
+		{"lost", whole, io.ErrUnexpectedEOF},
+	} {
 		x, s := newMux(), newSubscriber(raw, time.Minute, nil)
 		x.join("video0", s)
-		wire := append(appendFrame(nil, opBinary, clip, true), end...)
-		err := x.publish("video0", &publisher{}, cutOff{testInbox(bytes.NewReader(wire), false)})
+		err := x.publish("video0", &publisher{}, websocketBody{newInbox(bytes.NewReader(tt.wire), nil, masked, 512)})
 		var got []byte
 		for _, b := range s.take(nil, 1<<20, false, time.Now()) {
 			got = append(got, b...)
 		}
-		if !errors.Is(err, errPeerClosed) || len(got) < len(clip)*10/12 || len(got) > len(clip)-3000 {
-			t.Errorf("%s: got %d bytes of %d and %v, want all but the last frame", name, len(got), len(clip), err)
+		if last := len(got) > len(clip)-3000; err != tt.want || last != (tt.want == nil) || len(got) < len(clip)*10/12 {
+			t.Errorf("%s: got %d bytes of %d and %v, want %v and the last frame: %t", tt.name, len(got), len(clip), err, tt.want, tt.want == nil)
 		}
 	}
 }

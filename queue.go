@@ -13,15 +13,6 @@ import (
 	"time"
 )
 
-// form is how a message looks on the wire.
-type form int
-
-const (
-	raw    form = iota // packets alone, for GET /ts
-	bare               // an unmasked frame, from server to client. RFC 6455 5.1
-	masked             // a masked frame, from client to server
-)
-
 // message is a chunk of one feed, or PSI of a stream, as one binary websocket
 // message. Immutable but for the masked form, which is made once when it is
 // first asked for; every method may be called from several goroutines. Its
@@ -78,7 +69,7 @@ func (m *message) wire(f form) []byte {
 		return m.frame
 	}
 	m.once.Do(func() {
-		m.masked = appendFrame(slices.Grow(m.masked, maxHeader+m.size), opBinary, m.payload(), true)
+		m.masked = appendFrame(slices.Grow(m.masked, maxHeader+m.size), opBinary, m.payload(), masked)
 	})
 	return m.masked
 }

@@ -29,6 +29,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
@@ -212,6 +213,7 @@ type lab struct {
 	t     *testing.T
 	log   *logBuffer
 	end   context.CancelCauseFunc
+	names labNames
 	dials atomic.Int64
 	relay func(n int64, host string, conn net.Conn) // nil: refuse
 	away  atomic.Bool                               // refuse
@@ -222,7 +224,9 @@ func newLab(t *testing.T, relay func(n int64, host string, conn net.Conn)) *lab 
 	ctx, end := context.WithCancelCause(t.Context())
 	l := &lab{t: t, log: &logBuffer{}, end: end, relay: relay}
 	l.rules = newRules(ctx, newMux(), 500*time.Millisecond, slog.New(slog.NewTextHandler(l.log, nil)))
-	l.dial = func(ctx context.Context, _, host string) (net.Conn, error) {
+	l.dialer.lookup = l.names.lookup
+	l.dialer.dial = func(ctx context.Context, _, address string) (net.Conn, error) {
+		host := l.names.host(address)
 		n := l.dials.Add(1)
 		if l.relay == nil || l.away.Load() {
 			return nil, errors.New("connection refused")
@@ -235,6 +239,40 @@ func newLab(t *testing.T, relay func(n int64, host string, conn net.Conn)) *lab 
 		return ours, nil
 	}
 	return l
+}
+
+// deadEnd finds no relay.
+var deadEnd = dialer{lookup: func(_ context.Context, host string) ([]netip.Addr, error) {
+	return nil, lookupError{name: host, cause: "no such host"}
+}, dial: func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("none") }}
+
+// labNames gives each name of a lab an address of its own, so that a relay can be
+// told by what was dialled.
+type labNames struct {
+	mu    sync.Mutex
+	names []string
+}
+
+func (n *labNames) lookup(_ context.Context, host string) ([]netip.Addr, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	i := slices.Index(n.names, host)
+	if i < 0 {
+		i = len(n.names)
+		n.names = append(n.names, host)
+	}
+	return []netip.Addr{netip.AddrFrom4([4]byte{198, 18, byte(i >> 8), byte(i)})}, nil // RFC 2544
+}
+
+// host returns the name and port that were dialled.
+func (n *labNames) host(address string) string {
+	host, port, _ := net.SplitHostPort(address)
+	if a := netip.MustParseAddr(host).As4(); a[0] == 198 {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		host = n.names[int(a[2])<<8|int(a[3])]
+	}
+	return net.JoinHostPort(host, port)
 }
 
 func (l *lab) close() {

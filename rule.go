@@ -171,7 +171,9 @@ func goesAlike(to, from *url.URL) bool {
 
 // portOf returns the port that u is dialled at.
 func portOf(u *url.URL) string {
-	return cmp.Or(u.Port(), map[string]string{"ws": "80", "http": "80", "wss": "443", "https": "443"}[u.Scheme])
+	return cmp.Or(u.Port(), map[string]string{
+		"ws": "80", "http": "80", "wss": "443", "https": "443", "socks5": "1080", "socks5h": "1080",
+	}[u.Scheme])
 }
 
 // shown returns the rule as an answer shows it.

@@ -11,14 +11,10 @@ package main
 
 import (
 	"context"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
-	"net"
-	"net/http"
-	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -37,9 +33,7 @@ type rules struct {
 	// static after construction
 	ctx    context.Context // ends every destination
 	mux    *mux
-	dial   func(ctx context.Context, network, address string) (net.Conn, error)
-	proxy  func(*http.Request) (*url.URL, error) // on the way to a relay; nil: none
-	roots  *x509.CertPool                        // that vouch for relays; nil: the system's
+	dialer dialer // of every way to a relay
 	maxLag time.Duration
 	file   *stateFile // nil: the rules end with vw
 	log    *slog.Logger
@@ -53,9 +47,8 @@ type rules struct {
 }
 
 func newRules(ctx context.Context, x *mux, maxLag time.Duration, log *slog.Logger) *rules {
-	dialer := &net.Dialer{Control: limitUnsent}
 	return &rules{
-		ctx: ctx, mux: x, dial: dialer.DialContext, maxLag: maxLag, log: log,
+		ctx: ctx, mux: x, dialer: newDialer(), maxLag: maxLag, log: log,
 		streams: make(map[string][]string), destinations: make(map[string]*running),
 	}
 }
@@ -451,17 +444,6 @@ func (r *rules) destinationChange(rule destinationRule) *change {
 	}
 }
 
-// newDestination returns what a rule runs, without a log. The rule is clean.
-func (r *rules) newDestination(rule destinationRule) *destination {
-	u, err := url.Parse(rule.Destination)
-	if err != nil {
-		panic(err) // a rule is clean
-	}
-	return &destination{
-		rule: rule, url: u, mux: r.mux, dial: r.dial, proxy: r.proxy, roots: r.roots, maxLag: r.maxLag,
-	}
-}
-
 // runDestination starts a destination; mu is held. A new URL for the same
 // stream is opened beside the old one, which ends when the new one has taken
 // over; any other change ends the old one now.
@@ -470,24 +452,13 @@ func (r *rules) runDestination(rule destinationRule) {
 	if was != nil && was.rule == rule {
 		return
 	}
-	d := r.newDestination(rule)
-	d.log = r.log.With("dest", string(rule.ID), "stream", rule.Stream, "url", d.shown())
-	is := &running{destination: d}
-	if was != nil && was.rule.Stream == rule.Stream {
-		is.old = append(slices.DeleteFunc(was.old, (*destination).ended), was.destination)
-		if len(is.old) > maxOld { // the first is what viewers see, the others have not yet taken over
-			is.old[1].stop(errChanged)
-			is.old = slices.Delete(is.old, 1, 2)
-		}
-	} else if was != nil {
+	up := newUplink(rule, r.dialer, r.log.With("dest", string(rule.ID), "stream", rule.Stream))
+	up.log.Info("destination set")
+	if was != nil && was.rule.Stream != rule.Stream {
 		was.stop(errChanged)
+		was = nil
 	}
-	r.destinations[string(rule.ID)] = is
-	d.log.Info("destination set")
-	d.start(r.ctx, &r.tasks)
-	if len(is.old) > 0 {
-		r.tasks.Go(func() { handOver(was.destination, d) })
-	}
+	r.destinations[string(rule.ID)] = startBeside(r.ctx, &r.tasks, was, newDestination(up, r.mux, r.maxLag))
 }
 
 // destination returns a rule, or errNotFound.

@@ -27,7 +27,7 @@ import (
 // that there are can be changed, muted and deleted.
 func TestRuleLimits(t *testing.T) {
 	s := newTestServer(t, "")
-	s.commands.rules.dial = func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("none") }
+	s.commands.rules.dialer = deadEnd
 	stream := func(i int, feeds string) string {
 		return fmt.Sprintf(`POST /api/streams {"stream":"stream/%d","feeds":[%s]}`, i, feeds)
 	}
@@ -160,8 +160,8 @@ func TestSecretMoves(t *testing.T) {
 	port := l.Addr().(*net.TCPAddr).Port
 
 	r, _, _ := realRules(t, io.Discard)
-	r.roots = ca.roots
-	dial := r.dial
+	r.dialer.roots = ca.roots
+	dial := r.dialer.dial
 	s := newServer(t.Context(), r, "", discardLog)
 	rule := func(to, secret string) string {
 		before, after, _ := strings.Cut(to, "//")
@@ -196,11 +196,11 @@ func TestSecretMoves(t *testing.T) {
 					from, to := fmt.Sprintf("%s://127.0.0.1:%d/in/a", was, port), fmt.Sprintf("%s://%s:%d%s", is, host, toPort, path)
 					word := fmt.Sprintf("secret:%d", moves)
 					r.deleteDestinations()
-					r.dial = func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("none") }
+					r.dialer.dial = func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("none") }
 					if got := ask(s, "POST /api/destinations "+fmt.Sprintf(rule(from, secret), word)); got[:3] != "200" {
 						t.Fatal(got)
 					}
-					r.dial = dial
+					r.dialer.dial = dial
 					before := r.set().encode()
 					got := ask(s, "POST /api/destinations "+fmt.Sprintf(rule(to, secret), hidden))
 					moves++

@@ -311,16 +311,16 @@ func TestSoak24(t *testing.T) {
 			behaviour, _, _ := net.SplitHostPort(host)
 			s.relay(t.Context(), n, behaviour, conn)
 		}
-		pipe := l.dial
-		l.dial = func(ctx context.Context, network, host string) (net.Conn, error) {
-			switch host {
+		pipe := l.dialer.dial
+		l.dialer.dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			switch l.names.host(address) {
 			case "refuses:80":
 				return nil, errors.New("connection refused")
 			case "away:80":
 				<-ctx.Done()
 				return nil, ctx.Err()
 			}
-			return pipe(ctx, network, host)
+			return pipe(ctx, network, address)
 		}
 		set := func(stream string, feeds ...string) {
 			if _, err := l.setStream(streamRule{stream, append([]string{}, feeds...)}); err != nil {
@@ -723,9 +723,11 @@ func TestSoak(t *testing.T) {
 	save := r.file.save
 	r.file.save = func(name string, b []byte) error { return cmp.Or(disk.Load().write(), save(name, b)) }
 	var now atomic.Pointer[soakRelays]
-	dial := r.dial
-	r.dial = func(ctx context.Context, network, host string) (net.Conn, error) {
-		behaviour, _, _ := net.SplitHostPort(host)
+	var names labNames
+	dial := r.dialer.dial
+	r.dialer.lookup = names.lookup
+	r.dialer.dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+		behaviour, _, _ := net.SplitHostPort(names.host(address))
 		if behaviour == "away" {
 			<-ctx.Done()
 			return nil, ctx.Err()

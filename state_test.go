@@ -9,7 +9,6 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -90,7 +89,7 @@ func keepRules(t *testing.T, file string) (r *rules, end func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	r = newRules(ctx, newMux(), time.Second, discardLog)
-	r.dial = func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("none") }
+	r.dialer = deadEnd
 	end = sync.OnceFunc(func() {
 		cancel()
 		r.wait()

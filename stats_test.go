@@ -181,7 +181,7 @@ func TestDestinationStats(t *testing.T) {
 			return d
 		}
 		time.Sleep(10 * time.Second)
-		check("waiting 0s connection refused")
+		check("waiting 0s connect to relay.invalid:80: connection refused")
 		l.away.Store(false)
 		time.Sleep(time.Second)
 		check(`refused 10s the relay answered "403 Forbidden"`)

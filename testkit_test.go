@@ -484,6 +484,7 @@ func runVW(t testing.TB, env ...string) (addr string, log *logBuffer, stop func(
 // newTestServer is a server without a listener, whose destinations cannot dial.
 func newTestServer(t *testing.T, token string) *server {
 	r := newRules(t.Context(), newMux(), 500*time.Millisecond, discardLog)
+	r.dialer = deadEnd
 	t.Cleanup(func() {
 		r.deleteDestinations()
 		r.tasks.Wait()

@@ -1,28 +1,78 @@
 // Websocket frames: the protocol after its opening handshake, both ways.
-// RFC 6455 5.
+// RFC 6455 5. Nothing here knows of connections or who is at their other end.
 
 package main
 
 import (
 	"bufio"
-	"bytes"
 	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 )
 
 // Opcodes. RFC 6455 5.2.
 const (
-	opText   = 0x1
-	opBinary = 0x2
-	opClose  = 0x8
-	opPing   = 0x9
-	opPong   = 0xa
+	opContinuation = 0x0
+	opText         = 0x1
+	opBinary       = 0x2
+	opClose        = 0x8
+	opPing         = 0x9
+	opPong         = 0xa
 )
 
 const maxControl = 125 // bytes of payload in a control frame. RFC 6455 5.5
+
+// form is how a message looks on the wire.
+type form int
+
+const (
+	raw    form = iota // the payload alone: packets, for GET /ts
+	bare               // an unmasked frame, from server to client. RFC 6455 5.1
+	masked             // a masked frame, from client to server
+)
+
+// errProtocol is the error of bytes that the other side may not send.
+var errProtocol = errors.New("not the websocket protocol")
+
+// errTooLong is the error of a message that is longer than its reader allows.
+var errTooLong = errors.New("the message is too long")
+
+// closeError is a close frame that the other side sent. Its text is left out:
+// it may hold a secret.
+type closeError struct {
+	status int  // RFC 6455 7.4.1; 0 if it names none
+	inside bool // a message was begun and is not whole
+}
+
+func (e closeError) Error() string {
+	if e.status == 0 {
+		return "closed by the other side"
+	}
+	text := "closed by the other side with status " + strconv.Itoa(e.status)
+	if name := closeNames[e.status]; name != "" {
+		text += " (" + name + ")"
+	}
+	return text
+}
+
+// closeNames are what the statuses of close frames mean. RFC 6455 7.4.1
+var closeNames = map[int]string{
+	1000: "normal closure",
+	1001: "going away",
+	1002: "protocol error",
+	1003: "unsupported data",
+	1007: "invalid data",
+	1008: "policy violation",
+	1009: "message too big",
+	1010: "extension missing",
+	1011: "internal error",
+	1012: "service restart",
+	1013: "try again later",
+	1014: "bad gateway",
+}
 
 // appendHeader appends the header of a final frame of n bytes; key is its
 // masking key, nil for none. RFC 6455 5.2.
@@ -43,10 +93,10 @@ func appendHeader(b []byte, opcode byte, n int, key []byte) []byte {
 	return append(b, key...)
 }
 
-// appendFrame appends a whole frame, masked with a fresh key where it must be.
-// RFC 6455 5.3.
-func appendFrame(b []byte, opcode byte, payload []byte, masked bool) []byte {
-	if !masked {
+// appendFrame appends a whole frame in the bare or masked form. A masked one
+// has a fresh key. RFC 6455 5.3.
+func appendFrame(b []byte, opcode byte, payload []byte, f form) []byte {
+	if f != masked {
 		return append(appendHeader(b, opcode, len(payload), nil), payload...)
 	}
 	var key [4]byte
@@ -73,34 +123,43 @@ func mask(b []byte, key [4]byte, at uint64) {
 	}
 }
 
-// errFrame: what came is not a frame that the other side may send.
-var errFrame = errors.New("not the websocket protocol")
-
-// errTooLong: a message is longer than it may be, and is not kept.
-var errTooLong = errors.New("the message is too long")
-
-// inbox reads what the other side of a link sends. It answers pings, and tells
-// the link of pongs. It is owned by the goroutine that reads.
+// inbox reads the frames that the other side of a connection sends. One
+// goroutine at a time uses it.
 type inbox struct {
-	link *link
-	r    *bufio.Reader
+	source io.Reader            // may be replaced between two reads
+	early  []byte               // what is read before it
+	from   form                 // of the frames: masked if a client sends them
+	ping   func(payload []byte) // called with what each ping holds; may be nil
+	pong   func(payload []byte) // the same for pongs
+
+	r *bufio.Reader // of source
 
 	// the frame that is begun
-	final  bool // the last of its message
-	masked bool
-	key    [4]byte
-	left   uint64 // bytes of payload to come
-	at     uint64 // and that came
+	final bool // the last of its message
+	key   [4]byte
+	left  uint64 // bytes of payload to come
+	at    uint64 // bytes of payload read
+
+	inside bool // a message is begun, and its final frame has not come
 }
 
-// newInbox reads what came early, while the handshake was read, and then from
-// l; size bytes at once, or more.
-func newInbox(l *link, early []byte, size int) *inbox {
-	var r io.Reader = l
-	if len(early) > 0 {
-		r = io.MultiReader(bytes.NewReader(early), l)
+// newInbox returns an inbox that reads what came early and then from source, at
+// least size bytes at once if they are there.
+func newInbox(source io.Reader, early []byte, from form, size int) *inbox {
+	in := &inbox{source: source, early: early, from: from}
+	in.r = bufio.NewReaderSize(sourceReader{in}, size)
+	return in
+}
+
+// sourceReader reads for the buffer of an inbox.
+type sourceReader struct{ in *inbox }
+
+func (r sourceReader) Read(p []byte) (int, error) {
+	if n := copy(p, r.in.early); n > 0 {
+		r.in.early = r.in.early[n:]
+		return n, nil
 	}
-	return &inbox{link: l, r: bufio.NewReaderSize(r, size)}
+	return r.in.source.Read(p)
 }
 
 // take returns the next n bytes, until the next read.
@@ -111,9 +170,8 @@ func (in *inbox) take(n int) ([]byte, error) {
 }
 
 // next goes to the next frame, past what is left of this one, and returns its
-// opcode. Control frames have been dealt with then. The end of the connection is
-// io.EOF, a close frame errPeerClosed. What else RFC 6455 5.4 says of fragments
-// is not looked at.
+// opcode. It handles control frames itself. The end of the connection is io.EOF,
+// a close frame a closeError.
 func (in *inbox) next() (opcode byte, err error) {
 	for in.left > 0 {
 		n, err := in.r.Discard(int(min(in.left, 1<<30)))
@@ -125,59 +183,81 @@ func (in *inbox) next() (opcode byte, err error) {
 	if err != nil {
 		return 0, err
 	}
-	first, size := b[0], uint64(b[1]&0x7f)
-	in.final, in.masked, in.at = first&0x80 != 0, b[1]&0x80 != 0, 0
-	opcode = first & 0xf
-	control := opcode >= opClose
-	switch {
-	case first&0x70 != 0:
-		return 0, fmt.Errorf("%w: a reserved bit is set", errFrame)
-	case opcode > opPong || opcode > opBinary && !control:
-		return 0, fmt.Errorf("%w: opcode %d", errFrame, opcode)
-	case in.masked && in.link.masks:
-		return 0, fmt.Errorf("%w: a server masks a frame", errFrame)
-	case !in.masked && !in.link.masks:
-		return 0, fmt.Errorf("%w: a client does not mask a frame", errFrame)
-	case control && (size > maxControl || !in.final):
-		return 0, fmt.Errorf("%w: a control frame of more than %d bytes, or in parts", errFrame, maxControl)
-	case size == 126:
+	opcode, size := b[0]&0xf, uint64(b[1]&0x7f)
+	in.final, in.at = b[0]&0x80 != 0, 0
+	if err := in.check(opcode, b[0]&0x70 != 0, b[1]&0x80 != 0, size); err != nil {
+		return 0, err
+	}
+	switch size {
+	case 126:
 		if b, err = in.take(2); err == nil {
 			size = uint64(binary.BigEndian.Uint16(b))
 		}
-	case size == 127:
+	case 127:
 		if b, err = in.take(8); err == nil {
 			size = binary.BigEndian.Uint64(b)
 		}
 	}
-	if err == nil && in.masked {
+	if err == nil && in.from == masked {
 		b, err = in.take(4)
 		copy(in.key[:], b)
 	}
-	if err != nil || !control {
-		in.left = size
-		return opcode, err
-	}
-	if b, err = in.take(int(size)); err != nil {
+	if err != nil {
 		return 0, err
 	}
-	if in.masked {
-		mask(b, in.key, 0)
+	if opcode >= opClose {
+		return opcode, in.control(opcode, int(size))
 	}
-	switch opcode {
-	case opClose:
-		if len(b) < 2 {
-			return 0, errPeerClosed
-		}
-		return 0, fmt.Errorf("%w with status %d", errPeerClosed, binary.BigEndian.Uint16(b)) // its text may hold a secret
-	case opPing:
-		in.link.reply(opPong, b)
-	case opPong:
-		in.link.hear(b)
-	}
+	in.left, in.inside = size, !in.final
 	return opcode, nil
 }
 
-// Read reads the payload of one data frame after the other.
+// check returns what is wrong with the first two bytes of a frame.
+// RFC 6455 5.2, 5.4, 5.5
+func (in *inbox) check(opcode byte, reserved, isMasked bool, size uint64) error {
+	control := opcode >= opClose
+	switch {
+	case reserved:
+		return fmt.Errorf("%w: a reserved bit is set", errProtocol)
+	case opcode > opPong || opcode > opBinary && !control:
+		return fmt.Errorf("%w: opcode %d", errProtocol, opcode)
+	case isMasked && in.from != masked:
+		return fmt.Errorf("%w: a server masks a frame", errProtocol)
+	case !isMasked && in.from == masked:
+		return fmt.Errorf("%w: a client does not mask a frame", errProtocol)
+	case control && (size > maxControl || !in.final):
+		return fmt.Errorf("%w: a control frame of more than %d bytes, or in parts", errProtocol, maxControl)
+	case opcode == opContinuation && !in.inside:
+		return fmt.Errorf("%w: a continuation without a message", errProtocol)
+	case !control && opcode != opContinuation && in.inside:
+		return fmt.Errorf("%w: a message begins inside another", errProtocol)
+	}
+	return nil
+}
+
+// control reads the payload of a control frame and acts on it.
+func (in *inbox) control(opcode byte, size int) error {
+	b, err := in.take(size)
+	if err != nil {
+		return err
+	}
+	if in.from == masked {
+		mask(b, in.key, 0)
+	}
+	switch {
+	case opcode == opClose && len(b) < 2:
+		return closeError{inside: in.inside}
+	case opcode == opClose:
+		return closeError{int(binary.BigEndian.Uint16(b)), in.inside}
+	case opcode == opPing && in.ping != nil:
+		in.ping(b)
+	case opcode == opPong && in.pong != nil:
+		in.pong(b)
+	}
+	return nil
+}
+
+// Read reads the payloads of the data frames, one after the other.
 func (in *inbox) Read(p []byte) (int, error) {
 	for in.left == 0 {
 		if _, err := in.next(); err != nil {
@@ -185,7 +265,7 @@ func (in *inbox) Read(p []byte) (int, error) {
 		}
 	}
 	n, err := in.r.Read(p[:min(uint64(len(p)), in.left)])
-	if in.masked {
+	if in.from == masked {
 		mask(p[:n], in.key, in.at)
 	}
 	in.left -= uint64(n)
@@ -193,8 +273,8 @@ func (in *inbox) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// message returns the next message, put together from its fragments. One of
-// more than limit bytes is skipped, and is errTooLong. RFC 6455 5.4.
+// message returns the next message, assembled from its fragments. One of more
+// than limit bytes is skipped, and returns errTooLong. RFC 6455 5.4.
 func (in *inbox) message(limit int) (opcode byte, b []byte, err error) {
 	for long := false; ; {
 		op, err := in.next()
@@ -203,8 +283,8 @@ func (in *inbox) message(limit int) (opcode byte, b []byte, err error) {
 			return 0, nil, err
 		case op >= opClose:
 			continue
-		case op != 0:
-			opcode, b, long = op, nil, false
+		case op != opContinuation:
+			opcode = op
 		}
 		n := len(b)
 		if long = long || in.left > uint64(limit-n); long {
@@ -223,21 +303,4 @@ func (in *inbox) message(limit int) (opcode byte, b []byte, err error) {
 			return opcode, b, nil
 		}
 	}
-}
-
-// closeCode is the status of our close frame; 0 for none. RFC 6455 7.4.1.
-func closeCode(why error) uint16 {
-	switch {
-	case errors.Is(why, errRemoved), errors.Is(why, errChanged), errors.Is(why, errTakenOver), errors.Is(why, errPeerClosed):
-		return 1000
-	case errors.Is(why, errShutdown):
-		return 1001 // going away
-	case errors.Is(why, errFrame):
-		return 1002 // protocol error
-	case errors.Is(why, errNotTS):
-		return 1003
-	case errors.Is(why, errReplaced):
-		return 1008
-	}
-	return 0
 }

@@ -6,28 +6,11 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"slices"
 	"strings"
 	"testing"
 	"testing/iotest"
 )
-
-// readConn is a connection that is only read.
-type readConn struct {
-	net.Conn
-	io.Reader
-}
-
-func (c readConn) Read(p []byte) (int, error) { return c.Reader.Read(p) }
-
-// testInbox is that of a client or, if it is not to mask, of a server; pongs
-// are left in link.control.
-func testInbox(r io.Reader, client bool) *inbox {
-	l := newLink(readConn{Reader: r}, discardLog)
-	l.masks, l.wake = client, func() {}
-	return newInbox(l, nil, 512)
-}
 
 // TestInbox: messages are put together from fragments; long ones are
 // skipped, and the next is read.
@@ -43,7 +26,8 @@ func TestInbox(t *testing.T) {
 		{"fragments", [][]byte{frame(0x01, "a"), frame(0x00, ""), frame(0x00, "b"), frame(0x80, "c"), frame(0x82, "d")}, `1"abc" 2"d" EOF`},
 		{"ping between fragments", [][]byte{frame(0x02, "a"), frame(0x89, "p"), frame(0x80, "b")}, `2"ab" EOF`},
 		{"pong between fragments", [][]byte{frame(0x02, "a"), frame(0x8a, "p"), frame(0x80, "b")}, `2"ab" EOF`},
-		{"begun anew", [][]byte{frame(0x01, "a"), frame(0x82, "b")}, `2"b" EOF`},
+		{"text after fragments", [][]byte{frame(0x01, "a"), frame(0x80, "b"), frame(0x81, "c")}, `1"ab" 1"c" EOF`},
+		{"long, then its rest", [][]byte{frame(0x01, ten+"y"), frame(0x80, ""), frame(0x81, "c")}, `1long 1"c" EOF`},
 		{"the limit", [][]byte{frame(0x81, ten)}, `1"` + ten + `" EOF`},
 		{"one more", [][]byte{frame(0x81, ten+"y"), frame(0x81, "z")}, `1long 1"z" EOF`},
 		{"more in fragments", [][]byte{frame(0x01, ten), frame(0x00, "y"), frame(0x00, "y"), frame(0x80, ten), frame(0x81, "z")}, `1long 1"z" EOF`},
@@ -51,10 +35,13 @@ func TestInbox(t *testing.T) {
 		{"cut off", [][]byte{frame(0x81, ten)[:8]}, "unexpected EOF"},
 		{"cut off when long", [][]byte{frame(0x81, strings.Repeat("x", 100))[:50]}, "1long EOF"},
 		{"cut off in the header", [][]byte{frame(0x81, strings.Repeat("x", 200))[:3]}, "EOF"},
-		{"closed", [][]byte{frame(0x81, "a"), frame(0x88, "\x03\xe8"), frame(0x81, "b")}, `1"a" closed by the other side with status 1000`},
+		{"closed", [][]byte{frame(0x81, "a"), frame(0x88, "\x03\xe8"), frame(0x81, "b")}, `1"a" closed by the other side with status 1000 (normal closure)`},
+		{"closed for a reason", [][]byte{frame(0x88, "\x03\xf1too big")}, `closed by the other side with status 1009 (message too big)`},
+		{"closed with a status of its own", [][]byte{frame(0x88, "\x0f\xa1secret")}, `closed by the other side with status 4001`},
+		{"closed without a status", [][]byte{frame(0x88, "")}, `closed by the other side`},
 	}
 	for _, tt := range tests {
-		in := testInbox(bytes.NewReader(bytes.Join(tt.frames, nil)), true)
+		in := newInbox(bytes.NewReader(bytes.Join(tt.frames, nil)), nil, bare, 512)
 		var got []string
 		for range 10 {
 			opcode, b, err := in.message(10)
@@ -84,19 +71,21 @@ func TestInboxRead(t *testing.T) {
 		for i := range payload {
 			payload[i] = byte(dice.Uint32())
 		}
-		wire = appendFrame(wire, opBinary, payload, true)
+		wire = appendFrame(wire, opBinary, payload, masked)
 		ping := payload[:min(n, maxControl)]
-		wire = appendFrame(wire, opPing, ping, true)
+		wire = appendFrame(wire, opPing, ping, masked)
 		want = append(want, payload...)
-		pings = appendFrame(pings, opPong, ping, false)
+		pings = appendFrame(pings, opPong, ping, bare)
 	}
-	wire = appendFrame(wire, opClose, []byte{3, 0xe8}, true)
+	wire = appendFrame(wire, opClose, []byte{3, 0xe8}, masked)
 	for name, r := range map[string]io.Reader{
 		"at once":      bytes.NewReader(wire),
 		"byte by byte": iotest.OneByteReader(bytes.NewReader(wire)),
 		"split":        iotest.HalfReader(bytes.NewReader(wire)),
 	} {
-		in := testInbox(r, false)
+		in := newInbox(r, nil, masked, 512)
+		var pongs []byte
+		in.ping = func(payload []byte) { pongs = appendFrame(pongs, opPong, payload, bare) }
 		var got []byte
 		var err error
 		for n := 0; err == nil; {
@@ -104,12 +93,8 @@ func TestInboxRead(t *testing.T) {
 			n, err = in.Read(p)
 			got = append(got, p[:n]...)
 		}
-		if !bytes.Equal(got, want) || !errors.Is(err, errPeerClosed) {
-			t.Errorf("seed %d, %s: got %d bytes and %v, want the %d sent and %v", seed, name, len(got), err, len(want), errPeerClosed)
-		}
-		var pongs []byte
-		for len(in.link.control) > 0 {
-			pongs = append(pongs, <-in.link.control...)
+		if !bytes.Equal(got, want) || err != (closeError{status: 1000}) {
+			t.Errorf("seed %d, %s: got %d bytes and %v, want the %d sent and %v", seed, name, len(got), err, len(want), closeError{status: 1000})
 		}
 		if !bytes.Equal(pongs, pings) {
 			t.Errorf("seed %d, %s: got pongs of %d bytes, want %d", seed, name, len(pongs), len(pings))
@@ -119,27 +104,35 @@ func TestInboxRead(t *testing.T) {
 
 // TestInboxRefuses: what the other side may not send.
 func TestInboxRefuses(t *testing.T) {
-	masked := func(opcode byte, payload string) string {
-		return string(appendFrame(nil, opcode, []byte(payload), true))
+	fromClient := func(opcode byte, payload string) string {
+		return string(appendFrame(nil, opcode, []byte(payload), masked))
 	}
 	long := strings.Repeat("x", maxControl+1)
 	for _, tt := range []struct {
 		name, frame string
-		client      bool
+		from        form
 		want        string
 	}{
-		{"RSV1", "\xc2\x01x", true, "reserved bit"},
-		{"RSV3", "\x92\x01x", true, "reserved bit"},
-		{"reserved data", "\x83\x01x", true, "opcode 3"},
-		{"reserved control", "\x8b\x01x", true, "opcode 11"},
-		{"masked by a server", masked(opBinary, "x"), true, "a server masks"},
-		{"not masked by a client", "\x82\x01x", false, "a client does not mask"},
-		{"ping in parts", "\x09\x01x", true, "or in parts"},
-		{"long ping", string(frame(0x89, long)), true, "more than 125 bytes"},
-		{"long close of a client", masked(opClose, long), false, "more than 125 bytes"},
+		{"RSV1", "\xc2\x01x", bare, "reserved bit"},
+		{"RSV3", "\x92\x01x", bare, "reserved bit"},
+		{"reserved data", "\x83\x01x", bare, "opcode 3"},
+		{"reserved control", "\x8b\x01x", bare, "opcode 11"},
+		{"masked by a server", fromClient(opBinary, "x"), bare, "a server masks"},
+		{"not masked by a client", "\x82\x01x", masked, "a client does not mask"},
+		{"ping in parts", "\x09\x01x", bare, "or in parts"},
+		{"long ping", string(frame(0x89, long)), bare, "more than 125 bytes"},
+		{"a continuation of nothing", "\x80\x01x", bare, "a continuation without a message"},
+		{"a continuation after the end", "\x01\x01x\x80\x01x\x80\x01x", bare, "a continuation without a message"},
+		{"a message inside another", "\x01\x01x\x82\x01x", bare, "begins inside another"},
+		{"a fragment inside another message", "\x02\x01x\x00\x01x\x01\x01x", bare, "begins inside another"},
+		{"long close of a client", fromClient(opClose, long), masked, "more than 125 bytes"},
 	} {
-		_, err := testInbox(strings.NewReader(tt.frame), tt.client).next()
-		if !errors.Is(err, errFrame) || !strings.Contains(err.Error(), tt.want) {
+		in := newInbox(strings.NewReader(tt.frame), nil, tt.from, 512)
+		var err error
+		for err == nil {
+			_, err = in.next()
+		}
+		if !errors.Is(err, errProtocol) || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: got %v, want %q", tt.name, err, tt.want)
 		}
 	}
@@ -150,11 +143,15 @@ func TestInboxRefuses(t *testing.T) {
 func FuzzInbox(f *testing.F) {
 	f.Add(true, []byte("\x89\x02ab\x82\x7e\x00\x04abcd\x01\x01a\x80\x00\x88\x02\x03\xe8"))
 	f.Add(true, []byte("\x81\x7f\x00\x00\x00\x00\x00\x00\x00\x02ab\x8a\x00"))
-	f.Add(false, appendFrame(appendFrame(nil, opPing, []byte("a"), true), opBinary, []byte("abcdefghi"), true))
+	f.Add(false, appendFrame(appendFrame(nil, opPing, []byte("a"), masked), opBinary, []byte("abcdefghi"), masked))
 	f.Add(false, []byte("\x82\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01\x02\x03\x04abc"))
-	f.Fuzz(func(t *testing.T, client bool, b []byte) {
+	f.Fuzz(func(t *testing.T, server bool, b []byte) {
+		from := masked
+		if server {
+			from = bare
+		}
 		read := func(r io.Reader) (all []byte, err error) {
-			in := testInbox(r, client)
+			in := newInbox(r, nil, from, 512)
 			p := make([]byte, 100)
 			for n := 0; err == nil; {
 				n, err = in.Read(p)
@@ -167,7 +164,7 @@ func FuzzInbox(f *testing.F) {
 		if !bytes.Equal(whole, pieces) || err1.Error() != err2.Error() {
 			t.Errorf("got %q, %v at once, and %q, %v byte by byte", whole, err1, pieces, err2)
 		}
-		in := testInbox(bytes.NewReader(b), client)
+		in := newInbox(bytes.NewReader(b), nil, from, 512)
 		for {
 			opcode, message, err := in.message(10)
 			if len(message) > 10 || cap(message) > 64 || !slices.Contains([]byte{0, opText, opBinary}, opcode) {
