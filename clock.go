@@ -1,151 +1,859 @@
-// The clock of a feed: how its timestamps become vw's. Pure: its callers say
-// what time it is.
+// The clock: the timestamps of a feed's tracks are put onto vw's clock. Pure:
+// its callers say what time it is.
+//
+// A publisher's timestamps are not to be trusted. They step when a wall clock
+// is set, they run fast or slow when a camera gives another frame rate than it
+// declares, and single ones are hours off. What vw knows for certain is when a
+// PES arrived, and that it was made before that. The lag of a PES is its
+// arrival less its time on vw's clock; of sound, which arrives when it has been
+// recorded, its arrival less the end of its PES. The least lag of a while is
+// the true one, and the rest is jitter.
+//
+// What goes out keeps these rules, whatever comes in. The DTS of a track
+// strictly rises; of sound, it rises from the end of the PES before, as far as
+// its samples fit into the time. Every DTS is within -2.5 s and +2 s of the
+// PCR. The PTS of a track keep their order, and at rate 1 their distance from
+// the DTS. A PES that cannot keep them is left out.
 
 package main
 
-// clock maps the timestamps of one feed onto vw's. Owned by its feed.
-//
-// The lag of a frame is its arrival minus its DTS; of sound, which arrives
-// when it has been recorded, minus the end of its PES. The least lag of a
-// while is the feed's true one, the rest is jitter. What comes in the first
-// moments of a publisher waits until the least lag is known: to move frames
-// together later would make players complain. After that, the offset follows
-// what cannot be jitter, which is the drift of the feed's clock.
-type clock struct {
-	running bool
-	newest  ticks // DTS, unwrapped
-	seen    ticks // when it was, on vw's clock
-	offset  ticks // what is added to the feed's timestamps
-	target  ticks // what offset moves towards
-	window  ticks // when the window began
-	least   ticks // lag in it
-	span    ticks // of a PES of sound
+import "math"
 
+const (
+	// What a publisher sends in settleFor waits until its least lag is known.
+	// Sound in long PES may need settleMost, since two of them must come.
+	settleFor   = second * 15 / 100
+	settleMost  = second / 2
+	maxSettling = 200 // PES that are looked at meanwhile
+
+	lookAhead = second * 22 / 1000 // an AAC encoder keeps one frame back
+
+	// A PES whose DTS would be later than maxLate behind now is too late. That
+	// is less than 2.5 s since the PCR may be a little ahead of now.
+	maxLate    = second * 245 / 100
+	maxAhead   = second * 17 / 10 // of now; with lead, this is less than 2 s
+	maxReorder = 10 * second      // from DTS to PTS
+
+	// lateMost is for how long a track that was too late waits for a keyframe.
+	lateMost = 5 * second
+
+	// sameClock is how far apart the timestamps of two tracks may be to be of
+	// one clock.
+	sameClock = 10 * second
+
+	maxTracks = 32 // that the clock of a feed remembers
+)
+
+// fate is what becomes of a PES.
+type fate uint8
+
+const (
+	fateGoes    fate = iota
+	fateLate         // or it waits for a keyframe since one before it was too late
+	fateInvalid      // its PTS is before its DTS or far after it, or there is no room for it
+)
+
+// stamp is a PES in a chunk. Its timestamps are those of the feed; after place
+// they are on vw's clock, without lead.
+type stamp struct {
+	at       int // offset of its first packet in the chunk, in bytes
+	track    *trackClock
+	fields   int // how many timestamps it has; 1 is a PTS that is the DTS too
+	pts, dts ticks
+	fate     fate
+}
+
+// valid reports whether the PTS of a stamp as it came fits its DTS.
+func (s *stamp) valid() bool {
+	d := signed33(s.pts - s.dts)
+	return 0 <= d && d <= maxReorder
+}
+
+// write writes the timestamps into the PES as they go out.
+func (s *stamp) write(pes []byte) {
+	switch pts, dts := timestamps(pes); s.fields {
+	case 1:
+		writeTime(pts, (s.dts+lead)&(wrap-1))
+	case 2:
+		writeTime(pts, (s.pts+lead)&(wrap-1))
+		writeTime(dts, (s.dts+lead)&(wrap-1))
+	}
+}
+
+// keyGoesOut reports whether the first PES of video goes out.
+func keyGoesOut(stamps []stamp) bool {
+	for i := range stamps {
+		if s := &stamps[i]; s.track.kind == pictureTrack {
+			return s.fate == fateGoes
+		}
+	}
+	return true
+}
+
+// clock is the clock of a feed. Each track has its own, since picture and sound
+// go wrong separately; they begin with one offset. Owned by the feed.
+type clock struct {
+	tracks   []*trackClock
+	hasVideo bool
+	settling bool
 	renewed  bool  // a publisher came, and its first timestamp is yet to come
-	settling bool  // the window is the first: offset is not known
-	first    ticks // DTS in it
-	stamps   int   // DTS in it
-	given    ticks // the last timestamp that was given out before it
+	since    ticks // when its first timestamp came
+	noted    []sighting
+	given    ticks // the last DTS of the tracks that were forgotten
+	counts   clockCounts
+}
+
+// sighting is a DTS, and when it came.
+type sighting struct {
+	track *trackClock
+	dts   ticks
+	at    ticks
+}
+
+// clockCounts is what the clock of a feed has seen.
+type clockCounts struct {
+	steps    uint64 // of the timestamps of a track
+	outliers uint64 // single timestamps that did not fit their neighbours
+	late     uint64 // PES that were too late to go out
+	invalid  uint64 // PES whose timestamps made no sense
+}
+
+// read appends the PES of a chunk to stamps. It knows none before the program
+// map g is known.
+func (c *clock) read(chunk []byte, g *program, stamps []stamp) []stamp {
+	if g == nil {
+		return stamps
+	}
+	for at := 0; at+packetSize <= len(chunk); at += packetSize {
+		p := packet(chunk[at : at+packetSize])
+		if !p.unitStart() || p.damaged() || p.scrambled() {
+			continue
+		}
+		tr := g.find(p.pid())
+		if tr == nil {
+			continue
+		}
+		s := stamp{at: at, track: c.track(tr)}
+		if pts, dts := timestamps(p.payload()); dts != nil {
+			s.fields, s.pts, s.dts = 2, readTime(pts), readTime(dts)
+		} else if pts != nil {
+			s.fields, s.pts, s.dts = 1, readTime(pts), readTime(pts)
+		}
+		stamps = append(stamps, s)
+	}
+	return stamps
+}
+
+// track returns the clock of a track, made if need be. When there are too many,
+// the one that was not used for longest is forgotten.
+func (c *clock) track(tr *track) *trackClock {
+	oldest := 0
+	for i, t := range c.tracks {
+		if t.pid == tr.pid && t.streamType == tr.streamType {
+			return t
+		}
+		if t.seen < c.tracks[oldest].seen {
+			oldest = i
+		}
+	}
+	t := &trackClock{clock: c, pid: tr.pid, streamType: tr.streamType, kind: tr.coding().kind}
+	if len(c.tracks) < maxTracks {
+		c.tracks = append(c.tracks, t)
+	} else {
+		c.given = max(c.given, c.tracks[oldest].out)
+		c.tracks[oldest] = t
+	}
+	t.out = c.given
+	return t
+}
+
+// note looks at the stamps of a chunk that arrived at, which is the first of
+// its publisher if restarted. Unless it is ready, the chunk has to wait for a
+// later one, or until settle is called: to move frames together later would
+// make players complain.
+func (c *clock) note(stamps []stamp, at ticks, restarted, hasVideo bool) (ready bool) {
+	c.renewed = c.renewed || restarted
+	c.hasVideo = hasVideo
+	if !c.renewed && !c.settling {
+		return true
+	}
+	for i := range stamps {
+		s := &stamps[i]
+		if s.fields == 0 || !s.valid() {
+			continue
+		}
+		if c.renewed {
+			c.renewed, c.settling, c.since, c.noted = false, true, at, c.noted[:0]
+		}
+		if len(c.noted) < maxSettling {
+			c.noted = append(c.noted, sighting{s.track, s.dts, at})
+		}
+	}
+	if !c.settling {
+		return true
+	}
+	age := at - c.since
+	return age >= settleFor && (age >= settleMost || hasVideo || len(c.noted) > 1)
+}
+
+// settle starts the clocks of the tracks that were noted. Those whose
+// timestamps are of one clock get one offset: the least lag. It reports
+// whether the publisher is a new one.
+func (c *clock) settle() (anew bool) {
+	if !c.settling || len(c.noted) == 0 {
+		return false
+	}
+	c.settling = false
+	for _, t := range c.tracks {
+		t.running = false
+	}
+	var first *trackClock
+	least, push := ticks(0), ticks(0)
+	for i, s := range c.noted {
+		t := s.track
+		if t.running {
+			continue
+		}
+		lag := t.start(c.noted[i:])
+		if first == nil {
+			first, least = t, lag
+		} else if t.follows(first) {
+			least = min(least, lag)
+		}
+	}
+	for _, t := range c.tracks {
+		if t.running && t.follows(first) {
+			push = max(push, t.end()-(t.from+least))
+		}
+	}
+	if push > early { // what was given out before does not fit into the time
+		push = 0
+	}
+	for _, t := range c.tracks {
+		if t.running && t.follows(first) {
+			t.to = t.from + least + push
+		}
+	}
+	return true
+}
+
+// place puts the stamps of a chunk that arrived at onto vw's clock; now is when
+// it goes out. The first PES of the video in it is a keyframe if key is set.
+func (c *clock) place(stamps []stamp, key bool, at, now ticks) {
+	c.settle()
+	for i := range stamps {
+		s := &stamps[i]
+		isKey := key || s.track.kind != pictureTrack
+		key = key && s.track.kind != pictureTrack
+		switch {
+		case s.fields == 0 && s.track.late:
+			s.fate = fateLate
+		case s.fields == 0:
+		case !s.valid():
+			s.fate = fateInvalid
+		default:
+			s.track.place(s, isKey, at, now)
+		}
+		switch s.fate {
+		case fateLate:
+			c.counts.late++
+		case fateInvalid:
+			c.counts.invalid++
+		}
+	}
 }
 
 const (
-	settleFor   = second * 15 / 100
-	settleMost  = second / 2 // for sound in long PES, of which two must come
-	clockWindow = 10 * second
-	clockSlack  = second * 15 / 1000 // what is not followed
-	lookAhead   = second * 22 / 1000 // an AAC encoder keeps one frame back
+	// fit is by how much a stamp may differ from its neighbours, or from its
+	// arrival, and still be one of them.
+	fit = second / 10
+	// regular is how many spacings in a row must be alike for a shorter one
+	// to be a break.
+	regular = 8
+	// pause is what a gap in arrival must be longer than, beyond the usual, for
+	// a step in it to go on by arrival. Otherwise it goes on in its place.
+	pause = second * 3 / 10
+	// together is how much the steps of two tracks may differ to be one, and
+	// stepWithin how far apart they may come.
+	together   = second * 3 / 10
+	stepWithin = 2 * second
+
+	mostApart   = 60 * second // stamps that agree
+	usualPeriod = second / 25 // until two stamps have come
 )
 
-// follow looks at a chunk that arrived now. Unless ready, the chunk must wait
-// for a later one. offset is for the timestamps of all that waited; jumped
-// tells that they begin anew, after a restart or a jump.
-func (c *clock) follow(chunk []byte, info chunkInfo, now ticks, restarted bool) (offset ticks, jumped, ready bool) {
-	first, newest, span, n := chunkTimes(chunk, info.program)
-	p := c.newest + signed33(newest-c.newest)
-	media := p - c.newest
-	c.renewed = c.renewed || restarted
+// trackClock is the clock of one track, in two parts. The first makes media
+// time of the stamps, by taking steps and outliers out of them. The second, the
+// tracker, puts media time onto vw's clock.
+type trackClock struct {
+	clock      *clock
+	pid        uint16
+	streamType byte
+	kind       trackKind
+	running    bool
+
+	// From stamps to media time.
+	ref    sighting    // the last stamp that fitted, unwrapped
+	misses int         // stamps since then; none of them fitted
+	stray  [2]sighting // the last of those
+	shift  ticks       // from a stamp to its media time
+	media  ticks       // of the last PES
+	seen   ticks       // when that arrived
+	period ticks       // between two stamps; 0: not known
+	even   int         // how many spacings in a row were like it
+	gap    ticks       // the longest in arrival of late
+	step   ticks       // the last change of shift,
+	stepAt ticks       // and when it was
+
+	tracker // from media time to vw's clock
+
+	// What goes out.
+	out    ticks       // the last DTS
+	length ticks       // media time of the longest PES of late
+	seam   bool        // the next PES is the first after a restart or a step
+	late   bool        // nothing goes out until a keyframe,
+	lateAt ticks       // since when
+	shown  [16]instant // the last PTS
+	shows  int         // how many there were
+}
+
+// tail is how long what a PES holds had been recorded when it arrived. In a
+// feed with video, sound waits its turn, and its lag is measured like that.
+func (t *trackClock) tail() ticks {
 	switch {
-	case n == 0:
-		return c.offset, false, !c.settling
-	case c.renewed || !c.running || !c.settling && (media < -2*second || media > now-c.seen+10*second):
-		given := c.given
-		if !c.settling {
-			given = c.newest + c.offset
-		}
-		if !c.running {
-			given = -1 << 60
-		}
-		*c = clock{running: true, settling: true, newest: newest, first: first, given: given, window: now, least: now - newest, span: c.span}
-		media = 0
-	}
-	if n > 1 {
-		c.span = span
-	} else if media > 0 && media < second {
-		c.span = media
-	}
-	c.seen = now
-	c.stamps += n
-	if media > 0 {
-		c.newest = p
-	}
-	c.least = min(c.least, now-c.newest)
-	if c.settling {
-		age := now - c.window
-		if age < settleFor || age < settleMost && !info.hasVideo && c.stamps < 2 {
-			return 0, false, false
-		}
-		c.settle(info, now)
-		return c.offset, true, true
-	}
-	most := max(media, 0) / 100
-	c.offset += min(max(c.target-c.offset, -most), most)
-	if now-c.window >= clockWindow {
-		lag := c.least - c.tail(info)
-		if lag-c.offset > second/5 {
-			c.offset = lag // late for good
-		}
-		if lag-c.target > clockSlack || c.target-lag > clockSlack {
-			c.target = lag
-		}
-		c.window, c.least = now, now-c.newest
-	}
-	return c.offset, false, true
-}
-
-// settle sets the offset by the least lag so far. Timestamps that were given
-// out are not given again, unless they are more than 2 s in the future.
-func (c *clock) settle(info chunkInfo, now ticks) {
-	c.offset = c.least - c.tail(info)
-	c.target = c.offset
-	ahead := c.given + 1 - (c.offset + c.newest + signed33(c.first-c.newest))
-	if 0 < ahead && ahead <= 2*second {
-		c.offset += ahead
-	}
-	c.settling, c.window, c.least = false, now, now-c.newest
-}
-
-// hurry is follow without a chunk, for what can wait no longer.
-func (c *clock) hurry(info chunkInfo, now ticks) (offset ticks, jumped bool) {
-	if jumped = c.settling; jumped {
-		c.settle(info, now)
-	}
-	c.renewed = false
-	return c.offset, jumped
-}
-
-// tail is how long what begins at a DTS had been recorded when it arrived.
-func (c *clock) tail(info chunkInfo) ticks {
-	if info.hasVideo {
+	case t.clock.hasVideo || t.kind != soundTrack:
 		return 0
+	case t.streamType == typeAAC || t.streamType == typeAACLATM:
+		return t.period + lookAhead
 	}
-	if g := info.program; g != nil && len(g.tracks) > 0 && (g.tracks[0].streamType == 0x0f || g.tracks[0].streamType == 0x11) {
-		return c.span + lookAhead
-	}
-	return c.span
+	return t.period
 }
 
-// chunkTimes finds the first and the newest DTS in a chunk, how far the newest
-// is from the one before it, and how many there are. A PTS alone is a DTS too.
-// Other programs than g have another clock; a nil g is not known yet.
-func chunkTimes(chunk []byte, g *program) (first, newest, span ticks, n int) {
-	for ; len(chunk) >= packetSize; chunk = chunk[packetSize:] {
-		p := packet(chunk[:packetSize])
-		if !p.unitStart() || p.damaged() || p.scrambled() || g != nil && g.find(p.pid()) == nil {
-			continue
-		}
-		b, dts := timestamps(p.payload())
-		if b == nil {
-			continue
-		}
-		if dts != nil {
-			b = dts
-		}
-		t := readTime(b)
-		if n++; n == 1 {
-			first, newest = t, t
-		} else if d := signed33(t - newest); d > 0 {
-			newest, span = t, d
+// follows reports whether the timestamps of t and u are of one clock.
+func (t *trackClock) follows(u *trackClock) bool {
+	d := signed33(t.ref.dts - u.ref.dts)
+	return -sameClock < d && d < sameClock
+}
+
+// start begins anew with the stamps of t among those noted, and returns their
+// least lag. The first of a publisher may be an outlier: it goes by those that
+// most others agree with.
+func (t *trackClock) start(noted []sighting) (lag ticks) {
+	var own []sighting
+	for _, s := range noted {
+		if s.track == t {
+			own = append(own, s)
 		}
 	}
-	return first, newest, span, n
+	agreed := func(with sighting) (all []sighting, before int) {
+		for _, s := range own {
+			d := signed33(s.dts - with.dts)
+			if off := d - (s.at - with.at); -second < off && off < second {
+				all = append(all, sighting{t, with.dts + d, s.at})
+			} else if len(all) == 0 {
+				before++
+			}
+		}
+		return all, before
+	}
+	all, before := agreed(own[0])
+	for _, s := range own[1:] {
+		if more, n := agreed(s); len(more) > len(all) {
+			all, before = more, n
+		}
+	}
+	first, newest := all[0].dts, all[0].dts
+	for _, s := range all {
+		first, newest = min(first, s.dts), max(newest, s.dts)
+	}
+	if newest > first {
+		t.period = (newest - first) / ticks(len(all)-1)
+	}
+	t.begin(all[0].dts, all[0].at)
+	t.misses -= before
+	t.media -= ticks(before) * max(t.period, 1)
+	lag = all[0].at - all[0].dts - t.tail()
+	for _, s := range all[1:] {
+		lag = min(lag, s.at-s.dts-t.tail())
+	}
+	return lag
+}
+
+// begin makes dts, which arrived at, the next stamp, in its place.
+func (t *trackClock) begin(dts, at ticks) {
+	t.running, t.seam = true, true
+	t.ref, t.misses, t.shift, t.even, t.gap, t.shows = sighting{t, dts, at}, -1, 0, 0, 0, 0
+	t.stray = [2]sighting{}
+	t.media, t.seen = dts-max(t.period, 1), at
+	t.late = false
+	t.tracker = tracker{mapping: mapping{dts, at - t.tail(), 1}, last: dts, began: at, behind: math.MaxInt64 / 2}
+}
+
+// join begins a track that came later than others of the feed, with their
+// offset if their timestamps are of one clock.
+func (t *trackClock) join(dts, at ticks) {
+	t.begin(dts, at)
+	for _, u := range t.clock.tracks {
+		if u != t && u.running && t.follows(u) {
+			t.ref.dts = u.ref.dts + signed33(dts-u.ref.dts)
+			t.shift = u.shift
+			m := t.ref.dts + t.shift
+			t.media = m - max(t.period, 1)
+			t.mapping = mapping{m, u.on(m), 1}
+			return
+		}
+	}
+}
+
+// place puts s, which arrived at, onto vw's clock. It goes out now.
+func (t *trackClock) place(s *stamp, key bool, at, now ticks) {
+	if !t.running {
+		t.join(s.dts, at)
+	}
+	ahead := signed33(s.pts - s.dts)
+	m, fits := t.mediaTime(s.dts, at)
+	end := at - t.tail()
+	var out ticks
+	if fits {
+		out = t.follow(m, end, t.newest(m+ahead))
+	} else {
+		out = min(t.on(m), end+early)
+	}
+	s.fate = t.emit(&out, end, now, key)
+	s.dts = out
+	s.pts = out + t.scaled(ahead)
+	if s.fate == fateGoes && s.fields == 2 {
+		s.pts = max(t.order(m+ahead, s.pts), out)
+	}
+}
+
+// mediaTime returns the media time of the next stamp, and whether it fits those
+// before it. One that does not gets the time of its place; if there are three
+// in a row that fit each other, it is a step, and they go on from there.
+func (t *trackClock) mediaTime(dts, at ticks) (m ticks, fits bool) {
+	d := signed33(dts - t.ref.dts)
+	n := ticks(t.misses + 1)
+	da := at - t.ref.at
+	lag := at - t.tail() - t.on(t.ref.dts+d+t.shift) - t.behind // if it fits
+	if t.even >= regular && da <= t.gap*3/2 {
+		da = 0 // no sign of a pause
+	}
+	tooShort := d <= -fit || t.even >= regular && n <= 3 && d < n*t.period-fit && lag > fit
+	tooLong := t.scaled(d) > max(t.scaled(n*t.period), da)+fit
+	place := t.media + t.placeAfter(at-t.seen)
+	switch {
+	case !tooShort && !tooLong:
+		if n == 1 {
+			t.pace(d)
+		}
+		if d > 0 || n > 1 {
+			t.ref = sighting{t, t.ref.dts + d, at}
+		}
+		t.misses, t.stray = 0, [2]sighting{}
+		m, fits = t.ref.dts+min(d, 0)+t.shift, true
+	case !t.agrees(dts, at):
+		t.misses++
+		t.clock.counts.outliers++
+		t.stray = [2]sighting{t.stray[1], {t, dts, at}}
+		m, fits = place, t.misses > 2*regular
+	default:
+		t.clock.counts.outliers -= 2
+		t.period = max(signed33(dts-t.stray[1].dts), 1)
+		t.ref = sighting{t, t.ref.dts + d, at}
+		t.misses, t.even, t.stray = 0, 0, [2]sighting{}
+		if tooShort || lag < -fit {
+			t.stepTo(place, at)
+		}
+		m, fits = t.ref.dts+t.shift, true
+	}
+	t.gap = max(at-t.seen, t.gap-(at-t.seen)/8)
+	t.media, t.seen = m, at
+	return m, fits
+}
+
+// placeAfter returns the distance in media time of two PES that arrived da
+// apart, by the place of the second.
+func (t *trackClock) placeAfter(da ticks) ticks {
+	if t.running && da > 2*t.gap+t.scaled(t.period)+pause {
+		return ticks(float64(da) / t.rate)
+	}
+	if t.period == 0 {
+		return usualPeriod
+	}
+	return t.period
+}
+
+// agrees reports whether dts and the two strays before it fit each other: they
+// are as far apart as stamps are here, or evenly far apart.
+func (t *trackClock) agrees(dts, at ticks) bool {
+	a, b := t.stray[0], t.stray[1]
+	if a.track == nil {
+		return false
+	}
+	d1, d2 := signed33(b.dts-a.dts), signed33(dts-b.dts)
+	if d1 <= -fit || d2 <= -fit {
+		return false
+	}
+	near := func(d, da ticks) bool { return t.scaled(d) <= max(t.scaled(t.period), da)+fit }
+	return near(d1, b.at-a.at) && near(d2, at-b.at) ||
+		d2 < mostApart && max(d1-d2, d2-d1) <= max(fit, d2/4)
+}
+
+// pace follows the spacing of stamps.
+func (t *trackClock) pace(d ticks) {
+	if d <= 0 {
+		return
+	}
+	if t.even++; max(d-t.period, t.period-d) > t.period/8 {
+		t.even = 0
+	}
+	if t.period == 0 {
+		t.period = d
+	} else {
+		t.period += (min(d, 2*t.period+fit) - t.period) / 4
+	}
+	if d < second {
+		t.length = max(d, t.length-(t.length-d)/8)
+	}
+}
+
+// stepTo makes m the media time of the last stamp, which is that of its place.
+// Where another track has just stepped by about as much, they step together.
+func (t *trackClock) stepTo(m, at ticks) {
+	t.clock.counts.steps++
+	by := m - t.ref.dts - t.shift
+	for _, u := range t.clock.tracks {
+		if u != t && at-u.stepAt < stepWithin && max(u.step-by, by-u.step) < together {
+			by = u.step
+		}
+	}
+	t.shift += by
+	t.step, t.stepAt = by, at
+	t.seam = true
+	t.forget()
+}
+
+// end is the earliest DTS for the next PES, so that the samples of the last one
+// have their time.
+func (t *trackClock) end() ticks {
+	if t.kind != soundTrack || t.out == 0 {
+		return t.out + 1
+	}
+	return t.out + max(t.scaled(t.length), 1)
+}
+
+// emit decides whether a PES goes out at *out, which it moves behind what went
+// out before. A PES that is too late is dropped, and those after it up to a
+// keyframe.
+func (t *trackClock) emit(out *ticks, end, now ticks, key bool) fate {
+	floor := t.end()
+	if !t.seam {
+		floor -= (floor - t.out) / maxSlew
+	}
+	*out = max(*out, min(floor, end+early), t.out+1)
+	switch {
+	case *out > now+maxAhead:
+		return fateInvalid
+	case *out+lead < now-maxLate:
+		if !t.late {
+			t.late, t.lateAt = true, now
+		}
+		return fateLate
+	case t.late && !key && now-t.lateAt < lateMost:
+		return fateLate
+	}
+	t.late, t.seam, t.out = false, false, *out
+	return fateGoes
+}
+
+// instant is a media time and where it is on vw's clock.
+type instant struct{ media, at ticks }
+
+// newest reports whether no picture with a later PTS than m went out.
+func (t *trackClock) newest(m ticks) bool {
+	for _, s := range t.shown[:min(t.shows, len(t.shown))] {
+		if s.media > m {
+			return false
+		}
+	}
+	return true
+}
+
+// order returns the PTS for the media time m, which is to be pts unless the
+// order of pictures asks for another. Between two pictures it leaves some room
+// for those that are yet to come.
+func (t *trackClock) order(m, pts ticks) ticks {
+	lo, hi := ticks(math.MinInt64), ticks(math.MaxInt64)
+	for _, s := range t.shown[:min(t.shows, len(t.shown))] {
+		if room := max(s.media-m, m-s.media)/64 + 1; s.media < m {
+			lo = max(lo, s.at+room)
+		} else if s.media > m {
+			hi = min(hi, s.at-room)
+		}
+	}
+	pts = max(min(pts, hi), lo)
+	t.shown[t.shows%len(t.shown)] = instant{m, pts}
+	t.shows++
+	return pts
+}
+
+const (
+	// early is what the jitter of stamps may come to. A PES cannot arrive
+	// before it was made, so what is earlier than this is cut off at once.
+	early = second / 10
+	// slack is not followed.
+	slack = second * 15 / 1000
+	// jumpOver is the lateness beyond which the line jumps; less is slewed.
+	jumpOver = second * 15 / 100
+	// maxSlew is the part of media time that the line is slewed by at most.
+	maxSlew = 20
+
+	learnFor  = second * 3 / 2  // in which a track learns how far it is behind others
+	windowFor = second * 6 / 10 // of which one least lag is kept
+	maxPoints = 24              // least lags that are kept
+
+	// A lateness is for good when it lasts: until then it may be a stall. It
+	// ends that sooner when what is late would be dropped.
+	goodAfter     = 8 * second
+	fallingBy     = 10 // the part of the time by which it falls when it is being caught up with
+	muchLate      = 2 * second
+	muchLateAfter = second * 18 / 10
+
+	// A rate is wrong when the lag has grown or fallen evenly for a while, by
+	// more than jitter would.
+	rateAfter  = second * 35 / 10
+	ratePoints = 4
+	rateLeast  = 0.01  // what a clock may be wrong by
+	rateAgain  = 0.003 // and what one that is known to be wrong is corrected by
+	rateGrowth = second / 10
+	mostRate   = 50
+)
+
+// mapping is a clock: rate ticks of vw's clock pass for one of media time.
+type mapping struct {
+	from, to ticks
+	rate     float64
+}
+
+// on returns where media time m is on vw's clock.
+func (l *mapping) on(m ticks) ticks { return l.to + l.scaled(m-l.from) }
+
+// scaled returns how long d of media time is on vw's clock.
+func (l *mapping) scaled(d ticks) ticks {
+	if l.rate == 1 {
+		return d
+	}
+	return ticks(math.Round(l.rate * float64(d)))
+}
+
+// point is the least lag of a window: a media time and when it arrived, and the
+// lag as it was then.
+type point struct{ media, at, lag ticks }
+
+// tracker puts media time onto vw's clock, along a line that follows the least
+// lag of what arrives.
+type tracker struct {
+	mapping
+	slew   ticks // to be added to the line, slowly
+	last   ticks // media time
+	behind ticks // the least lag of the first moments, behind the other tracks
+	began  ticks // when they did
+
+	window point // of the present window
+	opened ticks // when that began
+	open   bool  // it did
+	points [maxPoints]point
+	known  int // how many of them there are
+
+	planned bool // next is to become the line, and left the slew
+	next    mapping
+	left    ticks
+}
+
+// follow returns where m is on vw's clock; what it holds ended at. The line may
+// jump forward or change its rate only where no picture that is to be shown
+// earlier is still to come.
+func (k *tracker) follow(m, at ticks, newest bool) ticks {
+	k.look(at)
+	if k.planned && newest {
+		k.mapping, k.slew, k.planned = k.next, k.left, false
+	}
+	if d := m - k.last; d > 0 {
+		most := k.scaled(d) / maxSlew
+		by := max(min(k.slew, most), -most)
+		k.to += by
+		k.slew -= by
+		k.last = m
+	}
+	lag := at - k.on(m)
+	if lag < -early {
+		k.to += lag + early
+		k.slew, k.planned, lag = min(k.slew, 0), false, -early
+	}
+	if at-k.began < learnFor {
+		k.behind = max(min(k.behind, lag), 0)
+	}
+	if !k.open {
+		k.open, k.opened, k.window = true, at, point{m, at, lag}
+	}
+	if lag <= k.window.lag {
+		k.window = point{m, at, lag}
+	}
+	return k.on(m)
+}
+
+// forget drops what was observed.
+func (k *tracker) forget() { k.known, k.open, k.planned = 0, false, false }
+
+// look ends the window if it is over, and looks at what it says.
+func (k *tracker) look(at ticks) {
+	if !k.open || at-k.opened < windowFor {
+		return
+	}
+	if k.known == maxPoints {
+		k.known = copy(k.points[:], k.points[1:])
+	}
+	k.points[k.known] = k.window
+	k.known++
+	k.open = false
+	if at-k.began >= learnFor && !k.planned {
+		k.judge()
+	}
+}
+
+// judge looks at the least lags of the last while, whenever there is a new one,
+// and moves the line if they say so.
+func (k *tracker) judge() {
+	var at, lag [maxPoints]float64 // on the line, and beyond what is usual
+	n, early := k.known, 0         // the points from early on were not late when they came
+	for i, p := range k.points[:n] {
+		on := k.on(p.media) + k.slew
+		at[i], lag[i] = float64(on), float64(p.at-on-k.behind)
+		if p.lag-k.behind > fit {
+			early = i + 1
+		}
+	}
+	if k.points[n-1].lag-k.behind > -fit/2 {
+		early = n
+	}
+	if slope, end, from, ok := trend(at[:n], lag[:n], early, k.rate != 1); ok {
+		rate := k.rate * (1 + slope)
+		if math.Abs(rate-1) < rateLeast {
+			rate = 1
+		}
+		k.plan(min(max(rate, 1.0/mostRate), mostRate), ticks(end))
+		k.known = copy(k.points[:], k.points[from:k.known])
+		return
+	}
+	newest := ticks(lag[n-1])
+	late := lateness(at[:n], lag[:n], goodAfter)
+	if much := lateness(at[:n], lag[:n], muchLateAfter); much > muchLate {
+		late = much
+	}
+	switch {
+	case late > slack:
+		k.plan(k.rate, late)
+	case newest < -slack && k.behind > 0:
+		k.behind = max(k.behind+newest, 0)
+	case newest < -slack:
+		k.slew += newest
+	}
+}
+
+// plan makes the line go on at rate, and later by some: that is slewed if it is
+// little.
+func (k *tracker) plan(rate float64, by ticks) {
+	p := k.points[k.known-1]
+	k.planned, k.next, k.left = true, mapping{p.media, k.on(p.media), rate}, k.slew+by
+	if k.left > jumpOver {
+		k.next.to += k.left
+		k.left = 0
+	}
+}
+
+// lateness returns the least of the lags since span before the last, if that
+// is known and they do not fall as they do when a publisher catches up; else 0.
+func lateness(at, lag []float64, span ticks) ticks {
+	n := len(at)
+	least := lag[n-1]
+	for i := n - 2; i >= 0; i-- {
+		least = min(least, lag[i])
+		if took := at[n-1] + lag[n-1] - at[i] - lag[i]; took >= float64(span) {
+			if lag[n-1] < lag[i]-took/fallingBy {
+				return 0
+			}
+			return ticks(least)
+		}
+	}
+	return 0
+}
+
+// trend looks for a while up to now in which the lag grew evenly, or fell evenly
+// from the point early on, and by more than jitter would. It returns by how much it does in a tick, the lag
+// that is reached, and with which point that began.
+func trend(at, lag []float64, early int, again bool) (slope, end float64, from int, ok bool) {
+	least, growth := rateLeast, float64(rateGrowth)
+	if again {
+		least, growth = rateAgain, growth/2
+	}
+	n := len(at)
+	for from = n - ratePoints; from >= 0; from-- {
+		x, y := at[from:], lag[from:]
+		span := x[len(x)-1] - x[0]
+		if span+y[len(y)-1]-y[0] < float64(rateAfter) {
+			continue
+		}
+		slope, base := under(x, y)
+		grown := slope * span
+		end = base + grown
+		if math.Abs(slope) < least || math.Abs(grown) < growth || grown > 0 && lag[n-1] < growth/2 || grown < 0 && from < early {
+			continue
+		}
+		if even(x, y, slope, max(float64(slack)*4/3, math.Abs(grown)/12)) {
+			return slope, end, from, true
+		}
+	}
+	return 0, 0, 0, false
+}
+
+// even reports whether each third of the points grows as slope says, give or
+// take by.
+func even(x, y []float64, slope, by float64) bool {
+	n := len(x) - 1
+	for i := range 3 {
+		a, b := i*n/3, (i+1)*n/3
+		one, _ := under(x[a:b+1], y[a:b+1])
+		if math.Abs(one-slope)*(x[b]-x[a]) > by {
+			return false
+		}
+	}
+	return true
+}
+
+// under returns the line under the points (x, y) that is nearest to them in the
+// middle: y = base + slope*(x-x[0]). It is an edge of their lower hull.
+func under(x, y []float64) (slope, base float64) {
+	n := len(x)
+	middle := (x[0] + x[n-1]) / 2
+	var hull [maxPoints]int
+	h := 0
+	for i := range x {
+		for h > 1 {
+			a, b := hull[h-2], hull[h-1]
+			if (y[b]-y[a])*(x[i]-x[a]) < (y[i]-y[a])*(x[b]-x[a]) {
+				break
+			}
+			h--
+		}
+		hull[h] = i
+		h++
+	}
+	for j := 1; j < h; j++ {
+		a, b := hull[j-1], hull[j]
+		if x[b] >= middle && x[b] > x[a] {
+			slope = (y[b] - y[a]) / (x[b] - x[a])
+			return slope, y[a] - slope*(x[a]-x[0])
+		}
+	}
+	return 0, y[0]
 }

@@ -5,34 +5,60 @@ import (
 	"testing"
 )
 
-// onePES is one packet that begins a PES.
-func onePES(pts ticks) []byte {
-	var m tsMaker
-	m.frame(pes{pid: 0x100, id: 0xe0, pts: pts, size: 10})
-	return m.Bytes()
+// testClock is the clock of a feed, and what waits for it.
+type testClock struct {
+	clock
+	hasVideo bool
+	held     []heldStamp
 }
+
+type heldStamp struct {
+	stamp
+	key bool
+	at  ticks
+}
+
+// add is given the next PES as it arrives, and returns what goes out by it.
+func (c *testClock) add(tr *track, pts, dts, at ticks, key, restarted bool) (out []stamp) {
+	s := heldStamp{stamp{track: c.track(tr), fields: 2, pts: pts & (wrap - 1), dts: dts & (wrap - 1)}, key, at}
+	c.held = append(c.held, s)
+	if !c.note([]stamp{s.stamp}, at, restarted, c.hasVideo) {
+		return nil
+	}
+	return c.flush(at)
+}
+
+// flush is what goes out when nothing can wait any longer.
+func (c *testClock) flush(now ticks) (out []stamp) {
+	for _, h := range c.held {
+		s := []stamp{h.stamp}
+		c.place(s, h.key, h.at, now)
+		out = append(out, s[0])
+	}
+	c.held = c.held[:0]
+	return out
+}
+
+var simVideo, simSound = &track{pid: 0x100, streamType: typeH264}, &track{pid: 0x101, streamType: typeMPEG1Audio}
 
 // TestClockDrift: 50 ppm for 24 h, with 20 ms of jitter, stays within 20 ms.
 func TestClockDrift(t *testing.T) {
 	t.Parallel()
 	for _, ppm := range []int64{50, -50} {
-		var c clock
+		c := testClock{hasVideo: true}
 		r := rand.New(rand.NewPCG(1, 2))
-		chunk := onePES(0)
-		field, _ := timestamps(packet(chunk).payload())
 		worst, start := ticks(0), ticks(0)
 		for i := range int64(24 * 3600 * 25) {
 			capture := ticks(i * 3600)
-			pts := (capture + ticks(i*3600*ppm/1_000_000) + wrap - 5*second) & (wrap - 1) // wraps soon, and again
-			writeTime(field, pts)
-			offset, jumped, ready := c.follow(chunk, chunkInfo{hasVideo: true}, 1000+capture+ticks(r.IntN(1800)), i == 0)
-			if !ready && i < 10 {
+			pts := capture + ticks(i*3600*ppm/1_000_000) + wrap - 5*second // wraps soon, and again
+			out := c.add(simVideo, pts, pts, 1000+capture+ticks(r.IntN(1800)), i%12 == 0, i == 0)
+			if len(out) == 0 && i < 10 {
 				continue
 			}
-			if !ready || jumped && i > 10 {
-				t.Fatalf("frame %d: ready is %v, jumped %v", i, ready, jumped)
+			if len(out) != 1 && i > 10 {
+				t.Fatalf("frame %d: got %d frames out", i, len(out))
 			}
-			off := signed33(pts + offset - capture)
+			off := out[len(out)-1].dts - capture
 			if i == 25*20 {
 				start = off
 			}
@@ -47,7 +73,7 @@ func TestClockDrift(t *testing.T) {
 }
 
 // TestClockMonotonic: what is posted faster than real time, in bursts, again
-// or with a jump never makes the offset take a timestamp back.
+// or with a jump never makes the clock take a timestamp back.
 func TestClockMonotonic(t *testing.T) {
 	tests := []struct {
 		name  string
@@ -67,44 +93,46 @@ func TestClockMonotonic(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			var c clock
+			c := testClock{hasVideo: true}
 			last := ticks(-1 << 60)
-			var held []ticks
 			for i := range 1000 {
 				pts, at, restarted := tt.frame(i)
-				held = append(held, pts)
-				offset, _, ready := c.follow(onePES(pts), chunkInfo{hasVideo: true}, 10*second+at, restarted || i == 0)
-				if !ready && len(held) < 50 {
-					continue
+				at += 10 * second
+				out := c.add(simVideo, pts, pts, at, true, restarted || i == 0)
+				if len(c.held) == 50 {
+					out = c.flush(at)
 				}
-				if !ready {
-					offset, _ = c.hurry(chunkInfo{hasVideo: true}, 10*second+at)
-				}
-				for _, pts := range held {
-					if out := pts + offset; out <= last { // near enough to now: not wrapped
-						t.Fatalf("frame %d: got %d after %d", i, out, last)
-					} else {
-						last = out
+				for _, s := range out {
+					switch {
+					case s.fate != fateGoes:
+					case s.dts <= last:
+						t.Fatalf("frame %d: got %d after %d", i, s.dts, last)
+					default:
+						last = s.dts
 					}
 				}
-				held = held[:0]
 			}
 		})
 	}
 }
 
-// TestClockAhead: a feed that was more than 2 s ahead begins at now when it
-// restarts.
+// TestClockAhead: a feed that was ahead as far as it may be begins at now when it
+// restarts, and not before what it has given out.
 func TestClockAhead(t *testing.T) {
-	var c clock
-	for i := range 200 {
-		c.follow(onePES(ticks(i)*3600), chunkInfo{hasVideo: true}, 10*second+ticks(i)*1000, i == 0)
+	c := testClock{hasVideo: true}
+	for i := range ticks(200) {
+		c.add(simVideo, i*3600, i*3600, 10*second+i*1000, true, i == 0)
 	}
 	now := 10*second + ticks(200*1000)
 	for i := range ticks(6) {
-		offset, jumped, ready := c.follow(onePES(i*3600), chunkInfo{hasVideo: true}, now+i*3600, i == 0)
-		if ready != (i >= 4) || ready && (offset != now || jumped != (i == 4)) {
-			t.Errorf("frame %d: got offset %d, jumped %v, ready %v, want %d from 150 ms on", i, offset, jumped, ready, now)
+		out := c.add(simVideo, i*3600, i*3600, now+i*3600, true, i == 0)
+		if (len(out) > 0) != (i >= 4) {
+			t.Errorf("frame %d: got %d out, want them from 150 ms on", i, len(out))
+		}
+		for j, s := range out {
+			if off := s.dts - now - (i+1-ticks(len(out))+ticks(j))*3600; off < 0 || off > early {
+				t.Errorf("frame %d: got %d ticks off its arrival, want %d at most", i, off, early)
+			}
 		}
 	}
 }
@@ -112,30 +140,34 @@ func TestClockAhead(t *testing.T) {
 // TestClockStart: the late first frames of a publisher do not move the rest,
 // and sound is where its end was when it arrived.
 func TestClockStart(t *testing.T) {
+	aac := &track{pid: 0x100, streamType: typeAAC}
 	tests := []struct {
-		name string
-		info chunkInfo
-		step ticks // between two PES
-		late []ticks
-		want ticks
+		name  string
+		track *track
+		step  ticks // between two PES
+		late  []ticks
+		want  ticks
 	}{
-		{"video", chunkInfo{hasVideo: true}, 3600, []ticks{4000, 2000, 0, 900, 0, 0}, 0},
-		{"sound", chunkInfo{}, 2160, []ticks{4000, 0, 0, 300, 0, 0, 0, 0, 0, 0, 0}, -2160},
-		{"AAC", chunkInfo{program: &program{tracks: []track{{pid: 0x100, streamType: 0x0f}}}}, 1920, []ticks{4000, 0, 0, 300, 0, 0, 0, 0, 0, 0, 0}, -1920 - lookAhead},
-		{"sound in long PES", chunkInfo{}, 33300, []ticks{0, 0}, -33300},
+		{"video", simVideo, 3600, []ticks{4000, 2000, 0, 900, 0, 0}, 0},
+		{"sound", simSound, 2160, []ticks{4000, 0, 0, 300, 0, 0, 0, 0, 0, 0, 0}, -2160},
+		{"AAC", aac, 1920, []ticks{4000, 0, 0, 300, 0, 0, 0, 0, 0, 0, 0}, -1920 - lookAhead},
+		{"sound in long PES", simSound, 33300, []ticks{0, 0}, -33300},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			var c clock
+			c := testClock{hasVideo: tt.track == simVideo}
+			n := 0
 			for i, late := range tt.late {
 				dts := ticks(i) * tt.step
-				offset, _, ready := c.follow(onePES(dts), tt.info, 10*second+dts+late, i == 0)
-				if ready && offset != 10*second+tt.want {
-					t.Errorf("PES %d: got offset %d, want %d", i, offset-10*second, tt.want)
+				for _, s := range c.add(tt.track, dts, dts, 10*second+dts+late, true, i == 0) {
+					if got := s.dts - ticks(n)*tt.step; got != 10*second+tt.want {
+						t.Errorf("PES %d: got offset %d, want %d", n, got-10*second, tt.want)
+					}
+					n++
 				}
-				if i == len(tt.late)-1 && !ready {
-					t.Error("never ready")
-				}
+			}
+			if n != len(tt.late) {
+				t.Errorf("got %d PES out, want %d", n, len(tt.late))
 			}
 		})
 	}

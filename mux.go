@@ -125,9 +125,7 @@ func (x *mux) detach(f *feed, pub *publisher) {
 	if f.pub == pub {
 		if len(f.held) > 0 {
 			at := time.Now()
-			now := x.now(at)
-			offset, jumped := f.clock.hurry(f.held[0].info, now)
-			f.publishHeld(at, now, offset, jumped)
+			f.publishHeld(at, x.now(at))
 		}
 		f.pub, f.figures.left = nil, time.Now()
 		x.published--
@@ -315,23 +313,22 @@ func (f *feed) publish(pub *publisher, m *message, now ticks) {
 	for _, s := range f.subs {
 		s.offer(m)
 	}
-	offset, jumped, ready := f.clock.follow(m.payload(), m.info, now, m.first)
+	m.stamps = f.clock.read(m.payload(), m.info.program, m.stamps)
+	ready := f.clock.note(m.stamps, now, m.first, m.info.hasVideo)
 	f.held = append(f.held, m)
 	f.heldBytes += m.size
-	if f.heldBytes > messageLimit && !ready { // as much as this is no start-up
-		offset, jumped = f.clock.hurry(m.info, now)
-		ready = true
-	}
-	if ready {
-		f.publishHeld(m.at, now, offset, jumped)
+	if ready || f.heldBytes > messageLimit { // as much as this is no start-up
+		f.publishHeld(m.at, now)
 	}
 }
 
 // publishHeld hands what was held to the streams, as of now; mu is held.
-func (f *feed) publishHeld(at time.Time, now, offset ticks, jumped bool) {
+func (f *feed) publishHeld(at time.Time, now ticks) {
+	anew := f.clock.settle()
 	for i, m := range f.held {
+		f.clock.place(m.stamps, m.info.key, now-toTicks(at.Sub(m.at)), now)
 		for _, st := range f.streams {
-			st.publish(m, at, now, offset, jumped && i == 0)
+			st.publish(m, at, now, anew && i == 0)
 		}
 	}
 	f.forgetHeld()
@@ -473,8 +470,8 @@ type stream struct {
 }
 
 // publish puts a message of one of the stream's feeds into its program, at a
-// time that is now on vw's clock.
-func (st *stream) publish(m *message, at time.Time, now, offset ticks, jumped bool) {
+// time that is now on vw's clock. It begins anew if its publisher is a new one.
+func (st *stream) publish(m *message, at time.Time, now ticks, anew bool) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	src := st.remux.source(m.feed)
@@ -484,23 +481,28 @@ func (st *stream) publish(m *message, at time.Time, now, offset ticks, jumped bo
 	if m.first {
 		src.gate = gate{since: m.at}
 	}
-	opens := src.gate.opens(m)
-	passes, anew := src.gate.pass(m)
+	info := m.info
+	opens, passes, opened := false, src.gate.open, false
+	if info.key = m.info.key && keyGoesOut(m.stamps); info.key == m.info.key { // else its keyframe is left out
+		opens = src.gate.opens(m)
+		passes, opened = src.gate.pass(m)
+	} else {
+		info.sets = nil
+	}
 	if !passes {
 		return
 	}
-	if anew || jumped || m.info.lost {
+	if opened || anew || m.info.lost {
 		src.renew()
 	}
+	info.lead, info.anew = true, opened
 	if st.remux.follow(src, m.info.program) || m.info.key || now-st.remux.sent >= psiEvery {
 		st.sendPSI(at, now)
 	}
-	info := m.info
-	info.lead, info.anew = true, anew
 	if opens {
 		info.marks = st.remux.marks(src)
 	}
-	if b := st.remux.remux(src, m.payload(), offset); len(b) > 0 {
+	if b := st.remux.remux(src, m.payload(), m.stamps); len(b) > 0 {
 		out := newMessage(b, m.at, info)
 		out.feed = m.feed
 		out.opening = src.opening(out)

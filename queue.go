@@ -23,6 +23,8 @@ type message struct {
 	first bool      // the first of its publisher
 	info  chunkInfo
 
+	stamps []stamp // of a feed's message, guarded by the feed
+
 	frame []byte // header and payload of the bare form
 	size  int    // bytes of payload
 
@@ -39,7 +41,7 @@ func newMessage(payload []byte, at time.Time, info chunkInfo) *message {
 	m := spare.Get().(*message)
 	var header [maxHeader]byte
 	b := append(append(m.frame[:0], appendHeader(header[:0], opBinary, len(payload), nil)...), payload...)
-	*m = message{at: at, info: info, frame: b, size: len(payload), masked: m.masked[:0]}
+	*m = message{at: at, info: info, frame: b, size: len(payload), masked: m.masked[:0], stamps: m.stamps[:0]}
 	m.holders.Store(1)
 	return m
 }

@@ -43,11 +43,12 @@ type remuxer struct {
 	out []byte // what remux returns
 }
 
-// origin is a track of a feed. Its PID in a program is kept when it goes: a
-// player may not take another kind of track on it.
+// origin is a track of a feed. Its PID in a program is kept when it goes, since
+// no player takes another kind of track on a PID that it knows.
 type origin struct {
-	feed string
-	pid  uint16
+	feed       string
+	pid        uint16
+	streamType byte
 }
 
 // maxOrigins is how many are kept, unless more are in the program.
@@ -66,11 +67,10 @@ type source struct {
 type outTrack struct {
 	track
 	out    uint16
-	listed bool  // in the PMT
-	shift  byte  // from the feed's continuity counters to ours
-	fresh  bool  // its next packet begins anew
-	dts    ticks // the last one; 0: none
-	skip   bool  // until its next PES
+	listed bool // in the PMT
+	shift  byte // from the feed's continuity counters to ours
+	fresh  bool // its next packet begins anew
+	skip   bool // until its next PES
 }
 
 // source returns the source of a feed; nil without one.
@@ -109,11 +109,11 @@ func (x *remuxer) follow(s *source, g *program) bool {
 	old := s.tracks
 	s.tracks = nil
 	for _, t := range g.tracks {
-		i := slices.IndexFunc(old, func(o *outTrack) bool { return o.pid == t.pid })
+		i := slices.IndexFunc(old, func(o *outTrack) bool { return o.pid == t.pid && o.streamType == t.streamType })
 		if i >= 0 {
 			old[i].track = t
 			s.tracks = append(s.tracks, old[i])
-		} else if pid, ok := x.assign(origin{s.feed, t.pid}); ok {
+		} else if pid, ok := x.assign(origin{s.feed, t.pid, t.streamType}); ok {
 			s.tracks = append(s.tracks, &outTrack{track: t, out: pid, fresh: true, skip: true})
 		}
 	}
@@ -148,7 +148,7 @@ func (x *remuxer) forget() {
 	clear(x.taken[:])
 	for _, s := range x.sources {
 		for _, t := range s.tracks {
-			x.origins[origin{s.feed, t.pid}], x.taken[t.out] = t.out, true
+			x.origins[origin{s.feed, t.pid, t.streamType}], x.taken[t.out] = t.out, true
 		}
 	}
 }
@@ -238,14 +238,15 @@ func (s *source) renew() {
 	}
 }
 
-// remux returns the packets of a chunk of s as they go into the program; they
-// are only valid until the next call. What is not an elementary stream of the
-// program, damaged or scrambled is left out.
-func (x *remuxer) remux(s *source, chunk []byte, offset ticks) []byte {
+// remux returns the packets of a chunk of s as they go into the program, with
+// the timestamps of its PES as stamps has them; they are only valid until the
+// next call. What is not an elementary stream of the program, damaged or
+// scrambled is left out, as is a PES that the clock leaves out.
+func (x *remuxer) remux(s *source, chunk []byte, stamps []stamp) []byte {
 	b := x.out[:0]
 	var t *outTrack
-	for ; len(chunk) >= packetSize; chunk = chunk[packetSize:] {
-		in := packet(chunk[:packetSize])
+	for from := 0; from+packetSize <= len(chunk); from += packetSize {
+		in := packet(chunk[from : from+packetSize])
 		if in.damaged() || in.scrambled() {
 			continue
 		}
@@ -260,16 +261,22 @@ func (x *remuxer) remux(s *source, chunk []byte, offset ticks) []byte {
 		if payload == nil {
 			continue
 		}
+		var st *stamp
 		if in.unitStart() {
-			t.skip = cutHeader(payload)
+			for len(stamps) > 0 && stamps[0].at < from {
+				stamps = stamps[1:]
+			}
+			if len(stamps) > 0 && stamps[0].at == from {
+				st = &stamps[0]
+			}
+			t.skip = cutHeader(payload) || st != nil && st.fate != fateGoes
 			t.fresh = t.fresh || t.skip
 		}
 		if t.skip || !t.listed {
 			continue
 		}
 		cc := byte(in.continuity())
-		anew := t.fresh
-		if anew {
+		if t.fresh {
 			t.fresh = false
 			t.shift = x.last[t.out] + 1 - cc
 			b = appendAdaptation(b, t.out, x.last[t.out], 0x80) // discontinuity_indicator
@@ -283,37 +290,10 @@ func (x *remuxer) remux(s *source, chunk []byte, offset ticks) []byte {
 		p[3] = p[3]&0xf0 | cc
 		x.last[t.out] = cc
 		clearPCR(p)
-		if p.unitStart() {
-			t.restamp(p.payload(), offset+lead, anew)
+		if st != nil {
+			st.write(p.payload())
 		}
 	}
 	x.out = b
 	return b
-}
-
-// restamp moves the timestamps of a PES. The DTS of a track rises, whatever
-// the feed says, and PTS - DTS is unchanged; but what was more than 2 s ahead
-// begins anew where it is now.
-func (t *outTrack) restamp(pes []byte, offset ticks, anew bool) {
-	pts, dts := timestamps(pes)
-	if pts == nil {
-		return
-	}
-	decode := pts
-	if dts != nil {
-		decode = dts
-	}
-	d := readTime(decode)
-	to := (d + offset) & (wrap - 1)
-	if t.dts != 0 {
-		to = t.dts + signed33(to-t.dts)
-		if to <= t.dts && !(anew && to < t.dts-2*second) {
-			to = t.dts + 1
-		}
-	}
-	t.dts = max(to, 1)
-	writeTime(pts, (readTime(pts)+to-d)&(wrap-1))
-	if dts != nil {
-		writeTime(dts, to&(wrap-1))
-	}
 }

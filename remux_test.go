@@ -382,13 +382,23 @@ func BenchmarkRemux(b *testing.B) {
 	x.arrange([]string{"video0"}, time.Now())
 	s := x.source("video0")
 	x.follow(s, all[0].info.program)
+	var c clock
+	var stamps []stamp
+	at := 10 * second
 	dst := make([]byte, len(chunk))
 	b.SetBytes(int64(len(chunk)))
 	b.ReportAllocs()
 	var remuxing, copying time.Duration
 	for b.Loop() {
 		start := time.Now()
-		x.remux(s, chunk, second)
+		stamps = c.read(chunk, all[0].info.program, stamps[:0])
+		for i := range stamps {
+			stamps[i].pts, stamps[i].dts = stamps[i].pts+at, stamps[i].dts+at
+		}
+		c.note(stamps, at, at == 10*second, true)
+		c.place(stamps, true, at, at)
+		x.remux(s, chunk, stamps)
+		at += 12 * 3600
 		middle := time.Now()
 		for p := 0; p < len(chunk); p += packetSize {
 			copy(dst[p:], chunk[p:p+packetSize])
