@@ -104,7 +104,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer s.tasks.Done()
 	if err := s.door.admit(r); err != nil {
 		s.log.Debug("not admitted", "remote", r.RemoteAddr, "err", err) // Debug, since any caller can trigger this at will
-		refuse(w, r, err)
+		s.page.refuse(w, r, err)
 		return
 	}
 	if err := tidyPath(r.URL); err != nil {

@@ -11,6 +11,7 @@ import (
 	"bytes"
 	"cmp"
 	"embed"
+	"errors"
 	"html"
 	"net/http"
 	"net/url"
@@ -171,6 +172,20 @@ func (p *page) getPage(w http.ResponseWriter, r *http.Request) {
 		b = p.players.name(b)
 	}
 	w.Write(withoutComments(b))
+}
+
+// refuse tells in a browser, which would show the JSON of an error as it is, why
+// the page does not open. Every other caller gets the error.
+func (p *page) refuse(w http.ResponseWriter, r *http.Request, err error) {
+	var known httpError
+	if !errors.As(err, &known) || r.URL.Path != "/" || !strings.Contains(r.Header.Get("Accept"), "text/html") {
+		refuse(w, r, err)
+		return
+	}
+	b, _ := pageFiles.ReadFile("page/refused.html")
+	p.setHeader(w, r)
+	w.WriteHeader(known.status)
+	w.Write(bytes.ReplaceAll(b, []byte("{{error}}"), []byte(html.EscapeString(err.Error()))))
 }
 
 // name writes into the page where its players are.

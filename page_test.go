@@ -250,6 +250,32 @@ func TestSignIn(t *testing.T) {
 	}
 }
 
+// TestPageRefused: who may not ask is told what to do, in a browser as a page
+// and elsewhere as JSON.
+func TestPageRefused(t *testing.T) {
+	s := newTestServer(t, "")
+	const browser, host = "text/html,application/xhtml+xml", "<b>.example"
+	for _, tt := range []struct {
+		name, request string
+		header        []string
+		page          bool
+	}{
+		{"another device", "GET /", []string{"remote", far, "Accept", browser}, true},
+		{"another name", "GET /", []string{"Host", host, "Accept", browser}, true},
+		{"curl", "GET /", []string{"remote", far, "Accept", "*/*"}, false},
+		{"the API in a browser", "GET /api/stats", []string{"remote", far, "Accept", browser}, false},
+	} {
+		got := ask(s, tt.request, tt.header...)
+		isPage := strings.HasPrefix(got, "403 <!doctype html>") && strings.Contains(got, "VW_TOKEN") && !strings.Contains(got, "{{")
+		if isJSON := strings.HasPrefix(got, `403 {"error":`); isPage != tt.page || isJSON == tt.page {
+			t.Errorf("%s: got %.200s, want a page: %v", tt.name, got, tt.page)
+		}
+		if strings.Contains(got, "<b>") {
+			t.Errorf("%s: the name of the host became markup: %s", tt.name, got)
+		}
+	}
+}
+
 // TestEvents: the stats at once and again, one JSON in a line, until vw ends.
 func TestEvents(t *testing.T) {
 	addr, _, stop := runVW(t)
