@@ -86,7 +86,7 @@ func (r *rules) wait() {
 // be taken once.
 func (r *rules) tryLocks() {
 	r.mu.RLock()
-	r.mu.RUnlock()
+	defer r.mu.RUnlock()
 	r.mux.tryLocks()
 }
 
