@@ -133,6 +133,8 @@ type camera struct {
 	gop  int
 	step ticks
 	size int
+
+	sound bool // there is a track of sound beside the picture
 }
 
 func newCamera() *camera {
@@ -145,8 +147,16 @@ func newMicrophone() *camera {
 
 func (c *camera) next() []byte {
 	c.Reset()
-	c.tables(int(c.pid), c.kind)
-	c.frame(pes{pid: c.pid, id: c.id, key: c.n%c.gop == 0, pts: 126000 + ticks(c.n)*c.step, size: c.size, length: c.id != 0xe0})
+	pts := 126000 + ticks(c.n)*c.step
+	tracks := []int{int(c.pid), c.kind}
+	if c.sound {
+		tracks = append(tracks, testAudio, typeMPEG1Audio)
+	}
+	c.tables(tracks...)
+	c.frame(pes{pid: c.pid, id: c.id, key: c.n%c.gop == 0, pts: pts, size: c.size, length: c.id != 0xe0})
+	if c.sound {
+		c.frame(pes{pid: testAudio, id: 0xc0, pts: pts, size: 576, length: true})
+	}
 	c.n++
 	return c.Bytes()
 }

@@ -61,6 +61,7 @@ type stamp struct {
 	fields   int // how many timestamps it has; 1 is a PTS that is the DTS too
 	pts, dts ticks
 	fate     fate
+	began    ticks // when it began by the clock of its track; 0: not known
 }
 
 // valid reports whether the PTS of a stamp as it came fits its DTS.
@@ -419,6 +420,7 @@ func (t *trackClock) place(s *stamp, key bool, at, now ticks) {
 	} else {
 		out = min(t.on(m), end+early)
 	}
+	s.began = out
 	s.fate = t.emit(&out, end, now, key)
 	s.dts = out
 	s.pts = out + t.scaled(ahead)

@@ -188,35 +188,62 @@ func TestDeadPath(t *testing.T) {
 // 1,000 times. After the call no message with the muted track is begun, and
 // framing and video are whole.
 func TestMute(t *testing.T) {
-	r, ctx, tasks := realRules(t, io.Discard)
-	var conn atomic.Pointer[watch]
-	dial := r.dialer.dial
-	r.dialer.dial = func(ctx context.Context, network, address string) (net.Conn, error) {
-		c, err := dial(ctx, network, address)
-		w := &watch{Conn: c, slow: 2 * time.Millisecond}
-		conn.Store(w)
-		return w, err
+	for _, by := range []string{"rule", "switch", "switch, on a feed"} {
+		t.Run(by, func(t *testing.T) {
+			r, ctx, tasks := realRules(t, io.Discard)
+			var conn atomic.Pointer[watch]
+			dial := r.dialer.dial
+			r.dialer.dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+				c, err := dial(ctx, network, address)
+				w := &watch{Conn: c, slow: 2 * time.Millisecond}
+				conn.Store(w)
+				return w, err
+			}
+			relay := &chaosRelay{t: t, rcvbuf: 64 << 10}
+			relay.start()
+			mute, source := byRule(r), "stream/x"
+			heard := 5 * time.Millisecond
+			if by != "rule" {
+				mute = bySwitch(t, r)
+				heard = 60 * time.Millisecond // what was captured while it was muted does not come
+			}
+			if by == "switch, on a feed" {
+				source = "both"
+				tasks.Go(func() { load(ctx, r, source) })
+			}
+			r.to(t, "0", source, "ws://"+relay.addr)
+			waitFor(t, "the connection", func() bool { return relay.conns.Load() == 1 && conn.Load() != nil })
+			tasks.Go(func() { load(ctx, r, "video0") })
+			tasks.Go(func() { load(ctx, r, "audio0") })
+			var marks []int // bytes written when a mute returned, when unmute was called, and so on
+			rounds := scaled(200, 1000, 1000)
+			slowest := mutes(t, mute, rounds, 5*time.Millisecond, heard, func(bool) { marks = append(marks, conn.Load().len()) })
+			if slowest > 100*time.Millisecond {
+				t.Errorf("a call took %v, want 100 ms at most", slowest)
+			}
+			w := conn.Load()
+			w.mu.Lock()
+			sent := bytes.Clone(w.sent)
+			w.mu.Unlock()
+			checkMuted(t, sent, marks, source == "both")
+			t.Logf("the slowest of %d calls took %v", 2*rounds, slowest)
+		})
 	}
-	relay := &chaosRelay{t: t, rcvbuf: 64 << 10}
-	relay.start()
-	r.to(t, "0", "stream/x", "ws://"+relay.addr)
-	waitFor(t, "the connection", func() bool { return relay.conns.Load() == 1 })
-	tasks.Go(func() { load(ctx, r, "video0") })
-	tasks.Go(func() { load(ctx, r, "audio0") })
-	var marks []int // bytes written when a mute returned, when unmute was called, and so on
-	rounds := scaled(200, 1000, 1000)
-	slowest := mutes(t, r, rounds, 5*time.Millisecond, func(bool) { marks = append(marks, conn.Load().len()) })
+}
+
+// checkMuted reads what was sent to a relay: between a mark and the next, and so
+// on for each two, no message with sound is begun.
+func checkMuted(t *testing.T, sent []byte, marks []int, onFeed bool) {
+	t.Helper()
 	marks = marks[:len(marks)-len(marks)%2]
-	if slowest > 100*time.Millisecond {
-		t.Errorf("a call took %v, want 100 ms at most", slowest)
-	}
-	w := conn.Load()
-	w.mu.Lock()
-	sent := bytes.Clone(w.sent)
-	w.mu.Unlock()
 	head, rest, _ := bytes.Cut(sent, []byte("\r\n\r\n"))
 	read := bytes.NewReader(rest)
 	check := newTSCheck()
+	hears := func(b []byte) bool { return hasAudio(check, b) }
+	var all []byte
+	if onFeed {
+		hears = func(b []byte) bool { return payloadsByPID(b)[testAudio] > 0 }
+	}
 	audio, wrong := 0, 0
 	for {
 		at := len(head) + 4 + len(rest) - read.Len()
@@ -229,8 +256,12 @@ func TestMute(t *testing.T) {
 		if opcode != opBinary {
 			continue
 		}
-		check.read(b)
-		if !hasAudio(check, b) {
+		if onFeed {
+			all = append(all, b...)
+		} else {
+			check.read(b)
+		}
+		if !hears(b) {
 			continue
 		}
 		audio++
@@ -239,7 +270,7 @@ func TestMute(t *testing.T) {
 			wrong++
 		}
 	}
-	if audio < rounds/2 {
+	if audio < len(marks)/4 {
 		t.Errorf("only %d messages of audio were sent: the test shows nothing", audio)
 	}
 	if wrong > 0 {
@@ -248,7 +279,12 @@ func TestMute(t *testing.T) {
 	if len(check.problems) > 0 {
 		t.Errorf("got %d problems: %q", len(check.problems), check.problems[:min(len(check.problems), 5)])
 	}
-	t.Logf("the slowest of %d calls took %v; %d messages of audio", 2*rounds, slowest, audio)
+	for _, pid := range []uint16{testVideo, testAudio} {
+		if wrong, _ := breaks(all, pid); wrong > 0 {
+			t.Errorf("PID %#x: %d breaks of continuity that are not announced", pid, wrong)
+		}
+	}
+	t.Logf("%d messages of audio", audio)
 }
 
 // hasAudio tells whether b has packets of the audio of check's program.
@@ -261,64 +297,74 @@ func hasAudio(check *tsCheck, b []byte) bool {
 	return false
 }
 
-// TestMuteSeen is the same as seen by readers on ws, wss and GET: 50 ms after
-// the call nothing of the muted track comes, and no packet of the video is lost.
+// TestMuteSeen is the same as seen by readers on ws, wss, /out and GET: 50 ms
+// after the call nothing of the muted track comes, and no packet of the video is
+// lost.
 func TestMuteSeen(t *testing.T) {
 	ca := newCerts(t)
-	for _, way := range []string{"ws", "wss", "GET"} {
-		t.Run(way, func(t *testing.T) {
-			t.Parallel()
-			r, ctx, tasks := realRules(t, io.Discard)
-			relay := &chaosRelay{t: t, rcvbuf: 64 << 10}
-			if way == "wss" {
-				relay.tls = ca.server
-				r.dialer.roots = ca.roots
-			}
-			check := newTSCheck()
-			var since atomic.Pointer[time.Time] // of the mute in force
-			var audio, late atomic.Int64
-			relay.see = func(b []byte) {
-				check.read(b)
-				if hasAudio(check, b) {
-					audio.Add(1)
-					if at := since.Load(); at != nil && time.Since(*at) > 50*time.Millisecond {
-						late.Add(1)
+	for _, by := range []string{"rule", "switch"} {
+		for _, way := range []string{"ws", "wss", "GET", "out"} {
+			t.Run(by+" "+way, func(t *testing.T) {
+				t.Parallel()
+				r, ctx, tasks := realRules(t, io.Discard)
+				relay := &chaosRelay{t: t, rcvbuf: 64 << 10}
+				if way == "wss" {
+					relay.tls = ca.server
+					r.dialer.roots = ca.roots
+				}
+				check := newTSCheck()
+				var since atomic.Pointer[time.Time] // of the mute in force
+				var audio, late atomic.Int64
+				relay.see = func(b []byte) {
+					check.read(b)
+					if hasAudio(check, b) {
+						audio.Add(1)
+						if at := since.Load(); at != nil && time.Since(*at) > 50*time.Millisecond {
+							late.Add(1)
+						}
 					}
 				}
-			}
-			relay.start()
-			if _, err := r.setStream(streamRule{"stream/x", []string{"video0", "audio0"}}); err != nil {
-				t.Fatal(err)
-			}
-			if way == "GET" {
-				relay.get(newServer(ctx, r, "", discardLog), "/ts/stream/x")
-			} else {
-				r.to(t, "0", "stream/x", way+"://"+relay.addr)
-				waitFor(t, "the connection", func() bool { return relay.conns.Load() == 1 })
-			}
-			tasks.Go(func() { load(ctx, r, "video0") })
-			tasks.Go(func() { load(ctx, r, "audio0") })
-			waitFor(t, "audio", func() bool { return audio.Load() > 0 })
-			rounds := scaled(5, 20, 1000)
-			slowest := mutes(t, r, rounds, 150*time.Millisecond, func(muted bool) {
-				if now := time.Now(); muted {
-					since.Store(&now)
-				} else {
-					since.Store(nil)
+				relay.start()
+				mute := byRule(r)
+				if by == "switch" {
+					mute = bySwitch(t, r)
 				}
+				if err := mute(false); err != nil {
+					t.Fatal(err)
+				}
+				switch way {
+				case "GET":
+					relay.get(newServer(ctx, r, "", discardLog), "/ts/stream/x")
+				case "out":
+					relay.view(newServer(ctx, r, "", discardLog), "/out/stream/x")
+				default:
+					r.to(t, "0", "stream/x", way+"://"+relay.addr)
+					waitFor(t, "the connection", func() bool { return relay.conns.Load() == 1 })
+				}
+				tasks.Go(func() { load(ctx, r, "video0") })
+				tasks.Go(func() { load(ctx, r, "audio0") })
+				waitFor(t, "audio", func() bool { return audio.Load() > 0 })
+				rounds := scaled(5, 20, 1000)
+				slowest := mutes(t, mute, rounds, 150*time.Millisecond, 150*time.Millisecond, func(muted bool) {
+					if now := time.Now(); muted {
+						since.Store(&now)
+					} else {
+						since.Store(nil)
+					}
+				})
+				relay.end()
+				if slowest > 100*time.Millisecond {
+					t.Errorf("a call took %v, want 100 ms at most", slowest)
+				}
+				if late.Load() > 0 || audio.Load() < int64(rounds) {
+					t.Errorf("%d messages of %d with audio came late", late.Load(), audio.Load())
+				}
+				if len(check.problems) > 0 {
+					t.Errorf("got %d problems: %q", len(check.problems), check.problems[:min(len(check.problems), 5)])
+				}
+				t.Logf("the slowest of %d calls took %v; %d messages of audio", 2*rounds, slowest, audio.Load())
 			})
-			relay.end()
-			if slowest > 100*time.Millisecond {
-				t.Errorf("a call took %v, want 100 ms at most", slowest)
-			}
-			if late.Load() > 0 || audio.Load() < int64(rounds) {
-				t.Errorf("%d messages of %d with audio came late", late.Load(), audio.Load())
-			}
-			if len(check.problems) > 0 {
-				t.Errorf("got %d problems: %q", len(check.problems), check.problems[:min(len(check.problems), 5)])
-			}
-			t.Logf("the slowest of %d calls took %v; %d messages of audio", 2*rounds, slowest, audio.Load())
-		})
+		}
 	}
 }
 

@@ -266,8 +266,23 @@ func mpegCodec(payload []byte) string {
 // program is one parsed program map. Immutable; two feeds never share one.
 type program struct {
 	number  uint16 // program_number
+	pid     uint16 // of its map
 	section []byte // as it came
 	tracks  []track
+}
+
+// matches reports whether the section that begins in payload, on the PID of the
+// map of g, leaves g in force: it is the same, or not for this program or time.
+func (g *program) matches(payload []byte) bool {
+	if len(payload) == 0 || len(payload) < 1+int(payload[0])+6 {
+		return false
+	}
+	b := payload[1+int(payload[0]):]
+	if b[0] != 0x02 || b[5]&1 == 0 || !bytes.Equal(b[3:5], g.section[3:5]) {
+		return true
+	}
+	n := min(len(b), len(g.section))
+	return bytes.Equal(b[:n], g.section[:n])
 }
 
 // find returns the track on a PID; nil without one, and for a nil program.
@@ -401,7 +416,7 @@ func (s *psi) programMap(b, packets []byte) {
 			return
 		}
 		g.tracks = slices.DeleteFunc(g.tracks, func(t track) bool { return t.pid == patPID || t.pid == nullPID || t.pid == e.pmtPID })
-		e.program = g
+		g.pid, e.program = e.pmtPID, g
 	}
 	e.raw = bytes.Clone(packets)
 }

@@ -21,6 +21,7 @@ type mux struct {
 	epoch time.Time // when vw's clock was 0
 
 	mu        sync.Mutex
+	muting    muting
 	feeds     map[string]*feed
 	streams   map[string]*stream
 	published int // feeds that have a publisher
@@ -194,12 +195,32 @@ func (x *mux) setStream(name string, feeds []string, ruled bool) (ended []<-chan
 	return ended
 }
 
+// setMute makes muted the kinds of tracks that are muted. When the channels it
+// returns are closed, no message that holds any of them will be begun (I6).
+func (x *mux) setMute(muted kindSet) (ended []<-chan struct{}) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	at := time.Now()
+	var queued *sift // nil: nothing that is queued is to go
+	if x.muting.set(muted, x.now(at)) {
+		queued = newSift(x.muting.blocked)
+	}
+	for _, f := range x.feeds {
+		ended = append(ended, f.setMuting(x.muting, queued)...)
+	}
+	for _, st := range x.streams {
+		ended = append(ended, st.setMuting(x.muting, queued, at, x.now(at))...)
+	}
+	return ended
+}
+
 // feed returns the feed of that name, which it makes if it does not exist; mu is
 // held.
 func (x *mux) feed(name string) *feed {
 	f := x.feeds[name]
 	if f == nil {
 		f = &feed{name: name}
+		f.filter.setMuting(x.muting)
 		x.feeds[name] = f
 	}
 	return f
@@ -211,6 +232,7 @@ func (x *mux) stream(name string) *stream {
 	st := x.streams[name]
 	if st == nil {
 		st = &stream{name: name}
+		st.remux.block(x.muting.blocked)
 		x.streams[name] = st
 	}
 	return st
@@ -292,6 +314,8 @@ type feed struct {
 
 	mu        sync.Mutex
 	pub       *publisher // nil if nobody publishes
+	kinds     kindReader
+	filter    muteFilter
 	clock     clock
 	held      []*message // wait for the clock to be ready, before streams get them
 	heldBytes int
@@ -310,8 +334,9 @@ func (f *feed) publish(pub *publisher, m *message, now ticks) {
 		m.release()
 		return
 	}
-	for _, s := range f.subs {
-		s.offer(m)
+	f.kinds.note(m)
+	if !f.filter.used() {
+		f.offer(m)
 	}
 	m.stamps = f.clock.read(m.payload(), m.info.program, m.stamps)
 	ready := f.clock.note(m.stamps, now, m.first, m.info.hasVideo)
@@ -327,11 +352,58 @@ func (f *feed) publishHeld(at time.Time, now ticks) {
 	anew := f.clock.settle()
 	for i, m := range f.held {
 		f.clock.place(m.stamps, m.info.key, now-toTicks(at.Sub(m.at)), now)
+		if f.filter.used() {
+			m = f.filter.apply(m, m.stamps, now)
+			f.held[i] = m
+			f.offer(m)
+		}
 		for _, st := range f.streams {
 			st.publish(m, at, now, anew && i == 0)
 		}
 	}
 	f.forgetHeld()
+}
+
+// offer hands m to the readers of f that have not had it; mu is held.
+func (f *feed) offer(m *message) {
+	if m.offered {
+		return
+	}
+	m.offered = true
+	offer(m, f.subs)
+}
+
+// offer hands m, of which all may be muted, to readers.
+func offer(m *message, subs []*subscriber) {
+	for _, s := range subs {
+		if m.size == 0 {
+			s.countMuted()
+		} else {
+			s.offer(m)
+		}
+	}
+}
+
+// setMuting makes f obey m, and its readers drop what is queued and muted. The
+// channels are closed when no write holds any (I6).
+func (f *feed) setMuting(m muting, queued *sift) (ended []<-chan struct{}) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.filter.setMuting(m)
+	return muteQueued(f.subs, queued)
+}
+
+// muteQueued takes what is muted out of the queues of subs.
+func muteQueued(subs []*subscriber, queued *sift) (ended []<-chan struct{}) {
+	if queued == nil {
+		return nil
+	}
+	for _, s := range subs {
+		if w := s.mute(queued); w != nil {
+			ended = append(ended, w)
+		}
+	}
+	return ended
 }
 
 // forgetHeld releases what was held; mu is held.
@@ -481,6 +553,10 @@ func (st *stream) publish(m *message, at time.Time, now ticks, anew bool) {
 	if m.first {
 		src.gate = gate{since: m.at}
 	}
+	if m.has == 0 {
+		st.publishMuted(src, m, at, now, anew)
+		return
+	}
 	info := m.info
 	opens, passes, opened := false, src.gate.open, false
 	if info.key = m.info.key && keyGoesOut(m.stamps); info.key == m.info.key { // else its keyframe is left out
@@ -504,10 +580,26 @@ func (st *stream) publish(m *message, at time.Time, now ticks, anew bool) {
 	}
 	if b := st.remux.remux(src, m.payload(), m.stamps); len(b) > 0 {
 		out := newMessage(b, m.at, info)
-		out.feed = m.feed
+		out.feed, out.has, out.kinds.program = m.feed, m.has, m.info.program
+		src.kinds(&m.kinds, &out.kinds)
 		out.opening = src.opening(out)
 		st.offer(out)
 		out.release()
+	}
+}
+
+// publishMuted is publish for a message with nothing for the program; mu is held.
+func (st *stream) publishMuted(src *source, m *message, at time.Time, now ticks, anew bool) {
+	if anew || m.info.lost {
+		src.renew()
+	}
+	if now-st.remux.sent >= psiEvery && len(st.remux.psi) > 0 {
+		st.sendPSI(at, now)
+	}
+	if m.muted {
+		for _, s := range st.subs {
+			s.countMuted()
+		}
 	}
 }
 
@@ -523,9 +615,7 @@ func (st *stream) sendPSI(at time.Time, now ticks) {
 func (st *stream) offer(m *message) {
 	st.meter.add(sample{at: m.at, bytes: st.bytes})
 	st.bytes += uint64(m.size)
-	for _, s := range st.subs {
-		s.offer(m)
-	}
+	offer(m, st.subs)
 }
 
 // setFeeds makes feeds those of the stream, in their order. Every reader drops
@@ -542,6 +632,18 @@ func (st *stream) setFeeds(feeds, removed []string, at time.Time, now ticks) (en
 		}
 	}
 	if st.remux.arrange(feeds, at) && len(st.remux.psi) > 0 {
+		st.sendPSI(at, now)
+	}
+	return ended
+}
+
+// setMuting makes st obey m, and its readers drop what is queued and muted. The
+// feeds obey already. The channels are closed when no write holds any (I6).
+func (st *stream) setMuting(m muting, queued *sift, at time.Time, now ticks) (ended []<-chan struct{}) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	ended = muteQueued(st.subs, queued)
+	if st.remux.block(m.blocked) && len(st.remux.psi) > 0 {
 		st.sendPSI(at, now)
 	}
 	return ended

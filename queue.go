@@ -23,7 +23,11 @@ type message struct {
 	first bool      // the first of its publisher
 	info  chunkInfo
 
-	stamps []stamp // of a feed's message, guarded by the feed
+	stamps  []stamp    // of a feed's message, guarded by the feed
+	offered bool       // the readers of the feed have it; guarded by the feed
+	kinds   kindReader // as it is before the first packet
+	has     kindSet    // kinds of tracks in it
+	muted   bool       // it had some, and all of them are muted
 
 	frame []byte // header and payload of the bare form
 	size  int    // bytes of payload
@@ -41,7 +45,10 @@ func newMessage(payload []byte, at time.Time, info chunkInfo) *message {
 	m := spare.Get().(*message)
 	var header [maxHeader]byte
 	b := append(append(m.frame[:0], appendHeader(header[:0], opBinary, len(payload), nil)...), payload...)
-	*m = message{at: at, info: info, frame: b, size: len(payload), masked: m.masked[:0], stamps: m.stamps[:0]}
+	*m = message{
+		at: at, info: info, stamps: m.stamps[:0], kinds: kindReader{tracks: m.kinds.tracks[:0]},
+		frame: b, size: len(payload), masked: m.masked[:0],
+	}
 	m.holders.Store(1)
 	return m
 }
@@ -102,6 +109,8 @@ func (m *message) preface(again bool) *message {
 	switch {
 	case again && len(m.info.marks) > 0:
 		p = newMessage(appendMarks(nil, m.info.marks), m.at, chunkInfo{})
+		p.kinds.copy(&m.kinds)
+		p.has = p.kinds.openAll()
 	case !m.info.lead && len(m.info.psi) > 0:
 		p = newMessage(m.info.psi, m.at, chunkInfo{})
 	default:
@@ -129,7 +138,7 @@ const (
 	dropGate        // waiting for a keyframe
 	dropLag         // older than VW_MAXLAG
 	dropBytes       // more than maxQueue behind
-	dropMuted       // its feed was taken out of the stream
+	dropMuted       // its feed was taken out of the stream, or all its tracks are muted
 	dropEnd         // still queued when its reader ended
 	causes
 )
@@ -183,7 +192,8 @@ type subscriber struct {
 	expected map[string]bool  // feeds of the stream that a viewer cannot watch yet
 	onLive   func()           // called, under mu, when a viewer could begin to watch; may be nil
 	waiters  []chan struct{}  // closed when the write in progress has ended
-	stopped  bool             // removeFeed interrupted the write in progress
+	muted    *sift            // what a mute left to do until the write in progress has ended; may be nil
+	stopped  bool             // a rule change interrupted the write in progress
 	draining bool             // takes nothing new
 	lagged   uint64           // dropped since the reader last kept up
 	counters counters
@@ -421,6 +431,10 @@ func (s *subscriber) wrote(n int) progress {
 			}
 			return kept
 		})
+		if s.muted != nil {
+			s.removeMuted(s.muted)
+			s.muted = nil
+		}
 		s.releaseWaiters()
 	}
 	p := progress{stopped: s.stopped, partial: s.begun > 0}
@@ -459,6 +473,57 @@ func (s *subscriber) removeFeed(feed string) <-chan struct{} {
 		return nil
 	}
 	return s.stopWrite()
+}
+
+// mute takes what f says is muted out of what is queued, and interrupts the write
+// in progress if that holds some. When the channel it returns is closed, or at
+// once when that is nil, no message that holds some will be begun (I6). The
+// caller keeps new ones from being offered.
+func (s *subscriber) mute(f *sift) <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.muted != nil && s.muted.blocked != f.blocked {
+		f = newSift(f.blocked | s.muted.blocked)
+	}
+	if !slices.ContainsFunc(s.items[:s.inFlight], func(it item) bool { return f.touches(it.message) }) {
+		s.removeMuted(f)
+		return nil
+	}
+	s.muted = f
+	return s.stopWrite()
+}
+
+// removeMuted takes what f says is muted out of what may still be dropped; mu is
+// held.
+func (s *subscriber) removeMuted(f *sift) {
+	lo := s.droppable()
+	rest := s.items[:lo]
+	for _, it := range s.items[lo:] {
+		if f.touches(it.message) {
+			m := f.apply(it.message)
+			s.bytes -= it.size
+			it.release()
+			if m == nil {
+				s.counters.dropped[dropMuted]++
+				continue
+			}
+			s.bytes += m.size
+			it.message = m
+		}
+		rest = append(rest, it)
+	}
+	clear(s.items[len(rest):])
+	s.items = rest
+}
+
+// countMuted counts a message that was not offered since all of it is muted.
+func (s *subscriber) countMuted() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.draining {
+		s.counters.published++
+		s.counters.dropped[dropMuted]++
+	}
 }
 
 // stopWrite interrupts the write in progress, and returns a channel that is

@@ -332,8 +332,11 @@ func (r *rules) to(t *testing.T, id id, source, url string) {
 // load publishes a feed at 1,000 frames/s until ctx is done.
 func load(ctx context.Context, r *rules, name string) {
 	c := newCamera()
-	if strings.HasPrefix(name, "audio") {
+	switch {
+	case strings.HasPrefix(name, "audio"):
 		c = newMicrophone()
+	case name == "both":
+		c.sound = true
 	}
 	film(ctx, r.mux, name, c, time.Millisecond)
 }
@@ -470,6 +473,29 @@ func (r *chaosRelay) get(s *server, path string) {
 	r.t.Cleanup(r.end)
 }
 
+// view makes r a viewer of path at s.
+func (r *chaosRelay) view(s *server, path string) {
+	h := httptest.NewServer(s)
+	c, err := websocket.Dial("ws"+strings.TrimPrefix(h.URL, "http")+path, "", h.URL)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	end := r.end
+	var reading sync.WaitGroup
+	reading.Go(func() {
+		for b := []byte(nil); websocket.Message.Receive(c, &b) == nil; {
+			r.see(b)
+		}
+	})
+	r.end = sync.OnceFunc(func() {
+		c.Close()
+		reading.Wait()
+		h.Close()
+		end()
+	})
+	r.t.Cleanup(r.end)
+}
+
 // watch is a connection at which the test sees which messages are begun: it
 // keeps what is written.
 type watch struct {
@@ -496,21 +522,50 @@ func (w *watch) len() int {
 	return len(w.sent)
 }
 
-// mutes alternates between a stream with audio and without, each for at most
-// so long, and returns the slowest call.
-func mutes(t *testing.T, r *rules, times int, most time.Duration, muted func(bool)) (slowest time.Duration) {
+// byRule returns what mutes the sound of stream/x by its rule.
+func byRule(r *rules) func(bool) error {
+	return func(muted bool) error {
+		feeds := []string{"video0", "audio0"}
+		if muted {
+			feeds = feeds[:1]
+		}
+		_, err := r.setStream(streamRule{"stream/x", feeds})
+		return err
+	}
+}
+
+// bySwitch returns what mutes all sound, after it has set the rule of stream/x.
+func bySwitch(t *testing.T, r *rules) func(bool) error {
+	if err := byRule(r)(false); err != nil {
+		t.Fatal(err)
+	}
+	return func(muted bool) error {
+		kinds := kindSet(0)
+		if muted {
+			kinds = muteSound
+		}
+		awaitWrites(r.mux.setMute(kinds))
+		return nil
+	}
+}
+
+// mutes alternates between mute and its opposite, each for at most so long, and
+// returns the slowest call.
+func mutes(t *testing.T, mute func(bool) error, times int, on, off time.Duration, muted func(bool)) (slowest time.Duration) {
 	for range times {
-		for _, feeds := range [][]string{{"video0"}, {"video0", "audio0"}} {
-			time.Sleep(mathrand.N(most))
-			if len(feeds) == 2 {
+		for _, next := range []bool{true, false} {
+			if next {
+				time.Sleep(mathrand.N(off))
+			} else {
+				time.Sleep(mathrand.N(on))
 				muted(false)
 			}
 			start := time.Now()
-			if _, err := r.setStream(streamRule{"stream/x", feeds}); err != nil {
+			if err := mute(next); err != nil {
 				t.Fatal(err)
 			}
 			slowest = max(slowest, time.Since(start))
-			if len(feeds) == 1 {
+			if next {
 				muted(true)
 			}
 		}

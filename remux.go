@@ -29,7 +29,8 @@ const (
 type remuxer struct {
 	sources []*source // in the order of the rule
 
-	section []byte // the PMT without its CRC
+	blocked kindSet // kinds of tracks that are not in the program
+	section []byte  // the PMT without its CRC
 	version byte
 	psi     []byte // PAT and PMT as they went out last
 	patCC   byte
@@ -93,6 +94,13 @@ func (x *remuxer) arrange(feeds []string, at time.Time) bool {
 		}
 	}
 	x.sources = sources
+	return x.describe()
+}
+
+// block takes tracks of these kinds out of the program, and puts others back. It
+// reports whether the program changed by it.
+func (x *remuxer) block(kinds kindSet) bool {
+	x.blocked = kinds
 	return x.describe()
 }
 
@@ -162,8 +170,14 @@ func (x *remuxer) describe() bool {
 	b = binary.BigEndian.AppendUint16(b, 0xf000)
 	for _, s := range x.sources {
 		for _, t := range s.tracks {
-			if t.listed = len(b)+5+len(t.descriptors)+4 <= maxSection; !t.listed {
-				continue // a program map is one section: there is no room
+			was := t.listed
+			t.listed = !x.blocked.has(t.coding().kind) &&
+				len(b)+5+len(t.descriptors)+4 <= maxSection // a program map is one section
+			if !t.listed {
+				continue
+			}
+			if !was {
+				t.fresh, t.skip = true, true
 			}
 			b = append(b, t.streamType)
 			b = binary.BigEndian.AppendUint16(b, 0xe000|t.out)
@@ -199,11 +213,22 @@ func (x *remuxer) appendPSI(b []byte, now ticks) []byte {
 	return appendPCR(b, x.pcr)
 }
 
+// kinds returns what k says of the PIDs of s, of those that they have here.
+func (s *source) kinds(k *kindReader, to *kindReader) {
+	for _, t := range s.tracks {
+		if of := k.listed(t.pid); of != nil {
+			to.tracks = append(to.tracks, pidKind{t.out, of.listed, of.open})
+		}
+	}
+}
+
 // marks tells where the PIDs of s stand.
 func (x *remuxer) marks(s *source) []mark {
-	m := make([]mark, len(s.tracks))
-	for i, t := range s.tracks {
-		m[i] = mark{t.out, x.last[t.out]}
+	m := make([]mark, 0, len(s.tracks))
+	for _, t := range s.tracks {
+		if t.listed {
+			m = append(m, mark{t.out, x.last[t.out]})
+		}
 	}
 	return m
 }
@@ -227,7 +252,8 @@ func (s *source) opening(m *message) *message {
 		return nil
 	}
 	o := newMessage(b, m.at, m.info)
-	o.feed = m.feed
+	o.feed, o.has = m.feed, m.has
+	o.kinds.copy(&m.kinds)
 	return o
 }
 
@@ -259,6 +285,7 @@ func (x *remuxer) remux(s *source, chunk []byte, stamps []stamp) []byte {
 		}
 		payload := in.payload()
 		if payload == nil {
+			t.fresh = t.fresh || in.discontinuity() // some packets were muted
 			continue
 		}
 		var st *stamp

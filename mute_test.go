@@ -1,0 +1,436 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+const (
+	muteSound   = 1 << soundTrack
+	mutePicture = 1 << pictureTrack
+)
+
+// program writes a PAT and a PMT of tracks with descriptors; the PCR is on pcr.
+func (t *tsMaker) program(pcr uint16, tracks ...track) {
+	t.section(patPID, 0, 0, 0, 0, 1, 0xc1, 0, 0, 0, 1, 0xe0|testPMT>>8, testPMT&0xff)
+	pmt := []byte{2, 0, 0, 0, 1, 0xc1, 0, 0, 0xe0 | byte(pcr>>8), byte(pcr), 0xf0, 0}
+	for _, k := range tracks {
+		pmt = append(pmt, k.streamType, 0xe0|byte(k.pid>>8), byte(k.pid), 0xf0, byte(len(k.descriptors)))
+		pmt = append(pmt, k.descriptors...)
+	}
+	t.section(testPMT, pmt...)
+}
+
+// raw writes a PES packet whose payload is es.
+func (t *tsMaker) raw(pid uint16, id byte, pts ticks, es []byte) {
+	b := t.packets(pes{pid: pid, id: id, pts: pts, size: 100})
+	header := bytes.Index(b, []byte{0, 0, 1, id})
+	copy(b[header+14:], es)
+	t.Write(b)
+}
+
+// registration is a registration_descriptor. ISO 13818-1 2.6.8.
+func registration(name string) []byte { return append([]byte{tagRegistration, 4}, name...) }
+
+// payloadsByPID counts the packets with payload by PID.
+func payloadsByPID(ts []byte) map[uint16]int {
+	n := make(map[uint16]int)
+	for p := packet(ts); len(p) > 0; p = p[packetSize:] {
+		if p.payload() != nil {
+			n[p.pid()]++
+		}
+	}
+	return n
+}
+
+// TestMuteKinds is the table of what passes while one kind is muted: what both
+// the program map and the PES packet say is of another.
+func TestMuteKinds(t *testing.T) {
+	const none, sound, picture = 0, mutePicture, muteSound // what passes, by what has to be muted for it
+	delimiter := []byte{0, 0, 1, 0x12, 0, 0, 0, 1, 0x0a}
+	dvb := func(tag byte) []byte { return []byte{tag, 1, 0} }
+	tests := []struct {
+		name        string
+		streamType  byte
+		descriptors []byte
+		id          byte
+		es          []byte
+		change      func(packet)
+		passes      kindSet
+	}{
+		{"MP2", typeMPEG1Audio, nil, 0xc0, nil, nil, sound},
+		{"MP3", typeMPEG2Audio, nil, 0xc0, nil, nil, sound},
+		{"AAC", typeAAC, nil, 0xc0, nil, nil, sound},
+		{"LATM", typeAACLATM, nil, 0xc0, nil, nil, sound},
+		{"AC-3", typeAC3, nil, 0xbd, nil, nil, sound},
+		{"E-AC-3", typeEAC3, nil, 0xbd, nil, nil, sound},
+		{"DVB AC-3", 0x06, dvb(tagAC3), 0xbd, nil, nil, sound},
+		{"DVB E-AC-3", 0x06, dvb(tagEAC3), 0xbd, nil, nil, sound},
+		{"DTS", typeDTS, nil, 0xbd, nil, nil, sound},
+		{"Opus", 0x06, registration("Opus"), 0xbd, nil, nil, sound},
+		{"S302M", 0x06, registration("BSSD"), 0xbd, nil, nil, sound},
+		{"MPEG-1", typeMPEG1Video, nil, 0xe0, nil, nil, picture},
+		{"MPEG-2", typeMPEG2Video, nil, 0xe0, nil, nil, picture},
+		{"H.264", typeH264, nil, 0xe1, nil, nil, picture},
+		{"H.265", typeHEVC, nil, 0xe0, nil, nil, picture},
+		{"AV1", 0x06, registration("AV01"), 0xe0, nil, nil, picture},
+		{"AV1 in private data", 0x06, registration("AV01"), 0xbd, delimiter, nil, picture},
+		{"sound in private data listed as AV1", 0x06, registration("AV01"), 0xbd, []byte{0x0b, 0x77}, nil, none},
+		{"KLV", 0x15, registration("KLVA"), 0xfc, nil, nil, none},
+		{"KLV in private data", 0x06, registration("KLVA"), 0xbd, nil, nil, none},
+		{"private data", 0x06, nil, 0xbd, nil, nil, none},
+		{"sound listed as picture", typeH264, nil, 0xc0, nil, nil, none},
+		{"AC-3 listed as picture", typeH264, nil, 0xbd, nil, nil, none},
+		{"picture listed as sound", typeMPEG1Audio, nil, 0xe0, nil, nil, none},
+		{"sound listed as nothing known", 0xff, nil, 0xc0, nil, nil, none},
+		{"scrambled picture", typeH264, nil, 0xe0, nil, func(p packet) { p[3] |= 0x80 }, none},
+		{"damaged picture", typeH264, nil, 0xe0, nil, func(p packet) { p[1] |= 0x80 }, none},
+		{"no PES packet", typeH264, nil, 0xe0, nil, func(p packet) { p.payload()[2] = 2 }, none},
+	}
+	for _, tt := range tests {
+		for _, muted := range []kindSet{muteSound, mutePicture, muteSound | mutePicture, 0} {
+			b := newBench(t, "stream/x", "f")
+			onStream, onFeed := b.sub, newSubscriber(raw, time.Minute, nil)
+			b.join("f", onFeed)
+			b.setMute(muted)
+			var ts tsMaker
+			for i := range 8 {
+				ts.program(0x1fff, track{0x100, typeMPEG1Video, nil}, track{0x101, tt.streamType, tt.descriptors})
+				ts.frame(pes{pid: 0x100, id: 0xe0, key: true, pts: second * ticks(i+1) / 25, size: 300})
+				at := ts.Len()
+				ts.raw(0x101, tt.id, second*ticks(i+1)/25, tt.es)
+				if tt.change != nil {
+					tt.change(packet(ts.Bytes()[at:]))
+				}
+				b.at = b.at.Add(40 * time.Millisecond)
+				b.post("f", ts.Bytes())
+				ts.Reset()
+			}
+			for _, b.sub = range []*subscriber{onStream, onFeed} {
+				where := fmt.Sprintf("%s, muted %03b, feed alone %v", tt.name, muted, b.sub == onFeed)
+				n := payloadsByPID(b.got())
+				if got, want := n[0x100] > 0, muted&mutePicture == 0; got != want {
+					t.Errorf("%s: got %d packets of the picture beside it, want some: %v", where, n[0x100], want)
+				}
+				if muted == 0 {
+					continue // a stream leaves out what cannot be read
+				}
+				if got, want := n[0x101] > 0, muted == tt.passes; got != want {
+					t.Errorf("%s: got %d packets, want some: %v", where, n[0x101], want)
+				}
+				sum(t, b.sub)
+			}
+		}
+	}
+}
+
+// studio publishes picture and sound in one feed, with the PCR on the PID of the
+// sound, and has a reader of the feed and one of a stream. It runs in a bubble.
+type studio struct {
+	*bench
+	ts              tsMaker
+	n               int // frames so far
+	start           time.Time
+	onFeed, onVideo *subscriber
+	sent            []byte // all that was posted
+}
+
+func newStudio(t *testing.T) *studio {
+	s := &studio{bench: newBench(t, "stream/x", "f"), start: time.Now(), onFeed: newSubscriber(raw, time.Minute, nil)}
+	s.join("f", s.onFeed)
+	return s
+}
+
+// captured is the PTS of what is captured now.
+func (s *studio) captured() ticks { return second + toTicks(time.Since(s.start)) }
+
+// record makes a picture and a sound of 40 ms, which began 40 ms ago, and returns
+// their packets.
+func (s *studio) record() []byte {
+	time.Sleep(40 * time.Millisecond)
+	s.ts.Reset()
+	pts := s.captured() - second/25
+	s.ts.program(0x101, track{0x100, typeMPEG1Video, nil}, track{0x101, typeMPEG1Audio, nil})
+	s.ts.frame(pes{pid: 0x100, id: 0xe0, key: s.n%12 == 0, pts: pts, size: 2000})
+	at := s.ts.Len()
+	s.ts.frame(pes{pid: 0x101, id: 0xc0, key: true, pts: pts, size: 400, length: true}) // key: it has a PCR
+	s.ts.Bytes()[at+5] &^= 0x40
+	s.n++
+	return bytes.Clone(s.ts.Bytes())
+}
+
+func (s *studio) play(frames int) {
+	for range frames {
+		b := s.record()
+		s.arrive(b)
+	}
+}
+
+// arrive posts what was recorded.
+func (s *studio) arrive(b []byte) {
+	s.at = time.Now()
+	s.sent = append(s.sent, b...)
+	s.post("f", b)
+}
+
+// read returns what a reader has got since the last call.
+func (s *studio) read(sub *subscriber) []byte {
+	was := s.sub
+	defer func() { s.sub = was }()
+	s.sub = sub
+	sum(s.t, sub)
+	return s.got()
+}
+
+// only returns the packets of a PID.
+func only(ts []byte, pid uint16) (b []byte) {
+	for ; len(ts) > 0; ts = ts[packetSize:] {
+		if packet(ts).pid() == pid {
+			b = append(b, ts[:packetSize]...)
+		}
+	}
+	return b
+}
+
+// pesTimes returns the PTS on a PID.
+func pesTimes(ts []byte, pid uint16) (all []ticks) {
+	for p := packet(only(ts, pid)); len(p) > 0; p = p[packetSize:] {
+		if pts, _ := timestamps(p[:packetSize].payload()); p.unitStart() && pts != nil {
+			all = append(all, readTime(pts))
+		}
+	}
+	return all
+}
+
+// breaks returns where the continuity counter of a PID does not go on and no
+// discontinuity_indicator says so, and how many of those there are.
+func breaks(ts []byte, pid uint16) (wrong, told int) {
+	last := -1
+	for p := packet(only(ts, pid)); len(p) > 0; p = p[packetSize:] {
+		q := p[:packetSize]
+		want := last
+		if q.payload() != nil {
+			want = (last + 1) & 15
+		}
+		switch {
+		case q.discontinuity():
+			told++
+		case last >= 0 && q.continuity() != want:
+			wrong++
+		}
+		last = q.continuity()
+	}
+	return wrong, told
+}
+
+// TestMuteFeed holds I6 on a feed alone and on a stream: the sound of a feed goes
+// and the picture stays, byte for byte on the feed; then the other way round.
+func TestMuteFeed(t *testing.T) {
+	for _, tt := range []struct {
+		muted      kindSet
+		gone, here uint16
+	}{{muteSound, 0x101, 0x100}, {mutePicture, 0x100, 0x101}} {
+		synctest.Test(t, func(t *testing.T) {
+			s := newStudio(t)
+			check := newTSCheck()
+			s.play(30)
+			s.read(s.onFeed)
+			check.read(s.read(s.sub))
+			s.play(5)
+			s.setMute(tt.muted) // what is queued now has both
+			onFeed, onStream := s.read(s.onFeed), s.read(s.sub)
+			from := len(s.sent)
+			s.play(50)
+			onFeed, onStream = append(onFeed, s.read(s.onFeed)...), append(onStream, s.read(s.sub)...)
+			check.read(onStream)
+			if n := payloadsByPID(onFeed)[tt.gone]; n > 0 {
+				t.Errorf("muted %03b: %d packets of it on the feed", tt.muted, n)
+			}
+			if tt.gone == 0x101 && len(only(onFeed, 0x101)) < 50*packetSize {
+				t.Errorf("got %d PCR on the PID of the sound, want 55", len(only(onFeed, 0x101))/packetSize)
+			}
+			if n := payloadsByPID(onStream)[tt.gone]; n > 0 || check.types[tt.gone] != 0 || check.types[tt.here] == 0 {
+				t.Errorf("muted %03b: %d packets of it on the stream, tracks %v", tt.muted, n, check.types)
+			}
+			if got, want := only(onFeed, tt.here), only(s.sent[from:], tt.here); !bytes.HasSuffix(got, want) || len(got) < len(want)*55/50 {
+				t.Errorf("muted %03b: got %d bytes of the other track, want the %d that were posted and those that were queued", tt.muted, len(got), len(want))
+			}
+			lifted := s.captured()
+			s.setMute(0)
+			s.play(50)
+			after, stream := s.read(s.onFeed), s.read(s.sub)
+			check.read(stream)
+			for name, ts := range map[string][]byte{"feed": after, "stream": stream} {
+				n := len(pesTimes(ts, tt.gone))
+				if least := map[uint16]int{0x101: 45, 0x100: 36}[tt.gone]; n < least || n > 50 {
+					t.Errorf("muted %03b: %d PES of it on the %s after the lift, want %d at least", tt.muted, n, name, least)
+				}
+			}
+			if first := pesTimes(after, tt.gone)[0]; first < lifted {
+				t.Errorf("muted %03b: the first PES after the lift began %d ticks before it", tt.muted, lifted-first)
+			}
+			if tt.gone == 0x100 && !packet(only(after, 0x100)).discontinuity() {
+				t.Error("the first packet after the lift does not announce the gap")
+			}
+			if tt.gone == 0x100 && !firstPicture(after).randomAccess() || tt.gone == 0x100 && !firstPicture(stream).randomAccess() {
+				t.Error("the first picture after the lift is no keyframe")
+			}
+			if n := len(pesTimes(stream, tt.here)); n != 50 {
+				t.Errorf("muted %03b: %d PES of the other track on the stream after the lift, want 50", tt.muted, n)
+			}
+			all := append(onFeed, after...)
+			if wrong, told := breaks(all, tt.gone); wrong > 0 || told == 0 {
+				t.Errorf("muted %03b: %d breaks of continuity are not announced, %d are", tt.muted, wrong, told)
+			}
+			if wrong, told := breaks(all, tt.here); wrong > 0 || told > 0 {
+				t.Errorf("muted %03b: %d and %d breaks of continuity on the other track, want none", tt.muted, wrong, told)
+			}
+			if len(check.problems) > 0 {
+				t.Errorf("muted %03b: got %d problems: %q", tt.muted, len(check.problems), check.problems[:min(5, len(check.problems))])
+			}
+		})
+	}
+}
+
+// firstPicture returns the first packet of the first picture.
+func firstPicture(ts []byte) packet {
+	for p := packet(only(ts, 0x100)); len(p) > 0; p = p[packetSize:] {
+		if p.unitStart() {
+			return p[:packetSize]
+		}
+	}
+	return nullPacket
+}
+
+// TestMuteQueued holds I6 and I7 in a queue: messages that hold both kinds lose
+// the muted one, but for the message that a write in progress has begun.
+func TestMuteQueued(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for written := -1; written < 12000; written += 611 { // -1: no write is in progress
+			s := newStudio(t)
+			interrupted := 0
+			s.onFeed = newSubscriber(raw, time.Minute, func() { interrupted++ })
+			s.join("f", s.onFeed)
+			s.play(20)
+			var sent []byte
+			if written < 0 {
+				if ended := s.setMute(muteSound); len(ended) != 0 {
+					t.Fatalf("got %d writes to wait for, want none", len(ended))
+				}
+			} else {
+				batch := s.onFeed.take(nil, 20000, false, time.Now())
+				ended := s.setMute(muteSound)
+				if len(ended) != 1 || interrupted != 1 {
+					t.Fatalf("got %d writes to wait for and %d interrupts, want 1", len(ended), interrupted)
+				}
+				left := written
+				begun := 0 // bytes of the message that was begun
+				for _, b := range batch {
+					n := min(left, len(b))
+					sent, left = append(sent, b[:n]...), left-n
+					if begun += len(b); left == 0 {
+						break
+					}
+				}
+				s.onFeed.wrote(written)
+				<-ended[0]
+				rest := s.onFeed.take(nil, 1<<20, false, time.Now())
+				n := len(sent)
+				for _, b := range rest {
+					sent = append(sent, b...)
+				}
+				s.onFeed.wrote(len(sent) - n)
+				if n := payloadsByPID(sent[min(begun, len(sent)):])[0x101]; n > 0 {
+					t.Errorf("%d written: %d packets of sound in messages begun after the mute", written, n)
+				}
+			}
+			sent = append(sent, s.read(s.onFeed)...)
+			if written < 0 && payloadsByPID(sent)[0x101] > 0 {
+				t.Error("there are packets of sound in messages begun after the mute")
+			}
+			if !bytes.Equal(only(sent, 0x100), only(s.sent, 0x100)) {
+				t.Errorf("%d written: got %d bytes of picture, want all %d", written, len(only(sent, 0x100)), len(only(s.sent, 0x100)))
+			}
+			if wrong, _ := breaks(sent, 0x101); wrong > 0 {
+				t.Errorf("%d written: %d breaks of continuity on the PID of the sound are not announced", written, wrong)
+			}
+		}
+	})
+}
+
+// TestMuteBacklog: nothing captured while the mute was on is ever sent, by the
+// clock of the feed, when its packets arrive after the lift.
+func TestMuteBacklog(t *testing.T) {
+	tests := []struct {
+		name               string
+		before, stall      int // frames; stall: those from before the mute that arrive after the lift
+		muted, after       int
+		restart, fromStart bool
+	}{
+		{"no stall", 30, 0, 50, 50, false, false},
+		{"stall from before the mute until after the lift", 30, 10, 50, 50, false, false},
+		{"long stall", 100, 50, 500, 100, false, false},
+		{"a new publisher brings the backlog", 30, 10, 50, 50, true, false},
+		{"muted from the start", 0, 0, 50, 50, false, true},
+		{"lifted at once", 0, 0, 2, 50, false, true},
+	}
+	for _, tt := range tests {
+		for _, kind := range []kindSet{muteSound, mutePicture, muteSound | mutePicture} {
+			synctest.Test(t, func(t *testing.T) {
+				s := newStudio(t)
+				stalls := tt.stall > 0
+				if tt.fromStart {
+					s.setMute(kind)
+				}
+				s.play(tt.before)
+				s.read(s.onFeed)
+				s.read(s.sub)
+				var backlog []byte
+				for range tt.stall {
+					backlog = append(backlog, s.record()...)
+				}
+				began := s.captured()
+				s.setMute(kind)
+				for range tt.muted {
+					if b := s.record(); stalls {
+						backlog = append(backlog, b...)
+					} else {
+						s.arrive(b)
+					}
+				}
+				lifted := s.captured()
+				s.setMute(0)
+				if tt.restart {
+					s.restart("f")
+				}
+				if stalls {
+					s.arrive(append(backlog, s.record()...))
+				}
+				s.play(tt.after)
+				onFeed, onStream := s.read(s.onFeed), s.read(s.sub)
+				for pid, k := range map[uint16]kindSet{0x100: mutePicture, 0x101: muteSound} {
+					if kind&k == 0 {
+						continue
+					}
+					all := pesTimes(onFeed, pid)
+					if len(all) < tt.after-20 {
+						t.Errorf("%s, %03b: got %d PES on %#x after the lift, want %d at least", tt.name, kind, len(all), pid, tt.after-20)
+					}
+					for _, at := range all {
+						if at < lifted {
+							t.Errorf("%s, %03b: a PES on %#x began %.2f s before the lift, and %.2f s after the mute",
+								tt.name, kind, pid, float64(lifted-at)/float64(second), float64(at-began)/float64(second))
+							break
+						}
+					}
+					if n := len(pesTimes(onStream, pid)); n > len(all) || n < tt.after-20 {
+						t.Errorf("%s, %03b: got %d PES on %#x of the stream, and %d on the feed", tt.name, kind, n, pid, len(all))
+					}
+				}
+			})
+		}
+	}
+}
