@@ -66,6 +66,10 @@ func (s *server) table() *http.ServeMux {
 	m.Handle("GET /api/destinations/{name...}", byName(s.commands.listDestination))
 	m.Handle("DELETE /api/streams/{name...}", byName(s.commands.deleteStream))
 	m.Handle("DELETE /api/destinations/{name...}", byName(s.commands.deleteDestination))
+	m.Handle("GET /api/mute", handler(func(*http.Request) (any, error) { return s.commands.listMute(handHere), nil }))
+	for _, method := range []string{"POST", "PUT"} {
+		m.Handle(method+" /api/mute", byBody(func(rule []byte) (any, error) { return s.commands.setMute(rule, handHere) }))
+	}
 	m.Handle("GET /api/devices", handler(getDevices))
 	m.Handle("GET /api/stats", handler(func(*http.Request) (any, error) { return s.commands.stats(), nil }))
 	m.HandleFunc("GET /api/events", s.getEvents)
@@ -290,6 +294,7 @@ type commands struct {
 	started time.Time
 	control *control // set before the first command; nil: none
 	port    int      // the same; 0: not known
+	name    string   // the same: what answers on the control link carry; "": nothing
 }
 
 // setStream adds or changes the stream that rule is about.
@@ -369,6 +374,21 @@ func (c *commands) deleteDestination(which string) (any, error) {
 		return nil, err
 	}
 	return name, c.rules.deleteDestination(name)
+}
+
+// setMute changes what a hand has muted, and returns what is muted then.
+func (c *commands) setMute(rule []byte, by hand) (any, error) {
+	var r muteRule
+	if err := decode(rule, &r); err != nil {
+		return nil, err
+	}
+	return c.rules.setMute(r, by)
+}
+
+// listMute returns what is muted, as a hand is told.
+func (c *commands) listMute(asks hand) muteStatus {
+	status, _ := c.rules.muteStatus(asks)
+	return status
 }
 
 // stats looks at everything that runs.

@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"strings"
 )
 
 const (
@@ -84,17 +85,20 @@ func (s *commands) answers(message []byte, err error) iter.Seq[[]byte] {
 				}
 			}
 		}
-		yield(encode(map[string]string{"error": err.Error()}))
+		yield(s.signed(encode(map[string]string{"error": err.Error()})))
 	}
 }
 
-// answer carries out one command, and returns its answer; nil: it was no
-// command. Another vw on the same path sees our answers: if both answered what
-// is an error, they would never stop.
+// answer carries out one command, and returns its answer; nil: it was none for
+// this vw. Another vw on the same path sees our answers: if both answered what is
+// an answer or an error, they would never stop.
 func (s *commands) answer(command []byte) []byte {
-	var with struct{ Verb, Ref, Error json.RawMessage }
+	var with struct{ Verb, Ref, Error, From, To json.RawMessage }
 	json.Unmarshal(command, &with) // as much as there is
-	if with.Error != nil && with.Verb == nil {
+	switch {
+	case with.From != nil, with.Error != nil && with.Verb == nil:
+		return nil
+	case with.To != nil && (s.name == "" || string(encode(with.To)) != string(encode(s.name))):
 		return nil
 	}
 	v, err := s.do(command)
@@ -103,13 +107,26 @@ func (s *commands) answer(command []byte) []byte {
 	}
 	b := encode(v)
 	if with.Ref != nil {
-		b = b[:len(b)-1]
-		if len(b) > 1 {
-			b = append(b, ',')
-		}
-		b = fmt.Appendf(b, `"ref":%s}`, encode(with.Ref))
+		b = withField(b, "ref", with.Ref)
 	}
-	return b
+	return s.signed(b)
+}
+
+// signed returns the answer with the name of this vw, if it has one.
+func (s *commands) signed(answer []byte) []byte {
+	if s.name == "" {
+		return answer
+	}
+	return withField(answer, "from", s.name)
+}
+
+// withField returns an object with one more field.
+func withField(object []byte, name string, v any) []byte {
+	b := object[:len(object)-1]
+	if len(b) > 1 {
+		b = append(b, ',')
+	}
+	return fmt.Appendf(b, `%q:%s}`, name, encode(v))
 }
 
 // do carries out one command. Its answer is an object.
@@ -123,6 +140,7 @@ func (s *commands) do(command []byte) (any, error) {
 		Which string          `json:"which"`
 		Rule  json.RawMessage `json:"rule"`
 		Ref   json.RawMessage `json:"ref"`
+		To    json.RawMessage `json:"to"`
 	}
 	if err := decode(command, &c); err != nil {
 		return nil, err
@@ -131,8 +149,11 @@ func (s *commands) do(command []byte) (any, error) {
 		v, err := report(s)
 		return map[string]any{c.Verb: v}, err
 	}
-	if c.Verb == "add" && (c.What == "stream" || c.What == "destination") && c.Rule == nil {
-		return nil, invalid(`add %s: "rule" is missing`, c.What)
+	if c.Rule == nil && (c.Verb == "mute" || c.Verb == "add" && (c.What == "stream" || c.What == "destination")) {
+		return nil, invalid(`%s: "rule" is missing`, strings.TrimSpace(c.Verb+" "+c.What))
+	}
+	if c.Verb == "mute" {
+		return s.setMute(c.Rule, handControl)
 	}
 	switch c.Verb + " " + c.What {
 	case "add stream":
@@ -144,6 +165,8 @@ func (s *commands) do(command []byte) (any, error) {
 		return listed(c.Which, v, err)
 	case "list destination":
 		return s.listDestination(c.Which)
+	case "list mute":
+		return s.listMute(handControl), nil
 	case "delete stream":
 		return deleted(s.deleteStream(c.Which))
 	case "delete destination":
@@ -153,10 +176,12 @@ func (s *commands) do(command []byte) (any, error) {
 		return deleted(s.deleteDestination(c.Which))
 	}
 	switch c.Verb {
-	case "add", "list", "delete":
+	case "add", "delete":
 		return nil, invalid("%s %.40q: it must be stream or destination", c.Verb, c.What)
+	case "list":
+		return nil, invalid("%s %.40q: it must be stream, destination or mute", c.Verb, c.What)
 	}
-	return nil, invalid("verb %.40q: there is no such command", c.Verb)
+	return nil, invalid("verb %.40q: it must be add, list, delete, mute, healthcheck, devices or stats", c.Verb)
 }
 
 // reports are the commands that are nothing but a verb; the answer is an

@@ -22,6 +22,9 @@ func TestCommands(t *testing.T) {
 	)
 	add := func(what, rule string) string { return `{"verb":"add","what":"` + what + `","rule":` + rule + `}` }
 	wrong := func(text string) string { return `{"error":"` + strings.ReplaceAll(text, `"`, `\"`) + `"}` }
+	noVerb := func(verb string) string {
+		return `verb "` + verb + `": it must be add, list, delete, mute, healthcheck, devices or stats`
+	}
 	steps := []struct{ message, want string }{
 		{`{"verb":"healthcheck"}`, `{"healthcheck":"ok"}`},
 		{add("stream", `{"stream":"/stream/x","feeds":["video0","audio0"]}`), `{"stream":"stream/x","feeds":["video0","audio0"]}`},
@@ -44,28 +47,36 @@ func TestCommands(t *testing.T) {
 		{add("stream", `{"stream":"apiRule","feeds":[]}`), wrong(`stream "apiRule": the name is reserved`)},
 
 		{`{"verb":"healthcheck","ref":7}`, `{"healthcheck":"ok","ref":7}`},
-		{`{"ref":{"a":[1,"<x>"]},"verb":"nope"}`, `{"error":"verb \"nope\": there is no such command","ref":{"a":[1,"<x>"]}}`},
+		{`{"ref":{"a":[1,"<x>"]},"verb":"nope"}`, strings.TrimSuffix(wrong(noVerb("nope")), "}") + `,"ref":{"a":[1,"<x>"]}}`},
 		{`{"verb":"healthcheck","ref":null}`, `{"healthcheck":"ok","ref":null}`},
 		{`{"ref":1,"verb":7}`, `{"error":"JSON: cannot unmarshal number into Go struct field .verb of type string","ref":1}`},
 		{"{\"verb\":\"healthcheck\",\"ref\":[1,\n2]}", `{"healthcheck":"ok","ref":[1,2]}`},
 
 		{`{"verb":"healthcheck","ref":1}{"verb":"healthcheck","ref":2}` + "\n" + `{"verb":"healthcheck"}` + "\n",
 			`{"healthcheck":"ok","ref":1} {"healthcheck":"ok","ref":2} {"healthcheck":"ok"}`},
-		{`{"verb":"nope"}{"verb":"healthcheck"}`, wrong(`verb "nope": there is no such command`) + ` {"healthcheck":"ok"}`},
+		{`{"verb":"nope"}{"verb":"healthcheck"}`, wrong(noVerb("nope")) + ` {"healthcheck":"ok"}`},
 		{`{"verb":"healthcheck"} garbage {"verb":"healthcheck"}`, `{"healthcheck":"ok"} ` + wrong(`JSON: invalid character 'g' looking for beginning of value`)},
 		{`1 2 3`, wrong(`command "1": it must be an object`)},
 		{``, wrong("JSON: EOF")},
 		{`{"verb":"healthcheck"`, wrong("JSON: unexpected EOF")},
 		{"\xff\x00", wrong(`JSON: invalid character 'ÿ' looking for beginning of value`)},
-		{`{}`, wrong(`verb "": there is no such command`)},
+		{`{}`, wrong(noVerb(""))},
 		{`{"verb":"healthcheck","more":1}`, wrong(`JSON: unknown field "more"`)},
 		{`{"verb":"add","what":"stream"}`, wrong(`add stream: "rule" is missing`)},
 		{`{"verb":"add","what":"feed","rule":{}}`, wrong(`add "feed": it must be stream or destination`)},
-		{`{"verb":"list","which":"all"}`, wrong(`list "": it must be stream or destination`)},
+		{`{"verb":"list","which":"all"}`, wrong(`list "": it must be stream, destination or mute`)},
 		{add("stream", `{"stream":"stream/x","feeds":["a"],"x":1}`), wrong(`JSON: unknown field "x"`)},
 		{add("stream", `{"stream":"stream/x"}`), wrong(`stream "stream/x": "feeds" is missing; [] mutes everything`)},
 		{add("stream", `null`), wrong(`stream: the name is missing`)},
 		{add("stream", `{"stream":"`+strings.Repeat("x", maxBody)+`"}`), wrong("command: more than 65536 bytes")},
+
+		{`{"verb":"mute","rule":{"audio":true}}`, `{"audio":true,"video":false}`},
+		{`{"verb":"list","what":"mute","ref":1}`, `{"audio":true,"video":false,"ref":1}`},
+		{`{"verb":"mute","rule":{"audio":false}}`, `{"audio":false,"video":false}`},
+		{`{"verb":"mute","rule":{"audio":false,"control":false}}`, wrong(`"control" is not for the control link, which lifts what it has muted itself`)},
+		{`{"verb":"mute"}`, wrong(`mute: "rule" is missing`)},
+		{`{"verb":"healthcheck","to":"box1"}`, ``}, // we have no name
+		{`{"verb":"healthcheck","from":"box1"}`, ``},
 
 		// The answer of another vw that hears us; to an error nothing is said.
 		{`{"healthcheck":"ok"}`, wrong(`JSON: unknown field "healthcheck"`)},
@@ -94,6 +105,57 @@ func TestCommands(t *testing.T) {
 	}
 	if got, want := ask(s, "GET /api/destinations/all"), "200 {"+api+"}"; got != want {
 		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+// TestControlRoom: several vw on one path obey one command, each answers with
+// its name, and none answers the others.
+func TestControlRoom(t *testing.T) {
+	var room []*commands
+	for _, name := range []string{"box1", "box2", "box3"} {
+		c := newTestServer(t, "").commands
+		c.name = name
+		room = append(room, c)
+	}
+	// say lets everybody in the room hear a message, and the answers to it.
+	say := func(message string) (heard []string) {
+		pending := []string{message}
+		for len(pending) > 0 && len(heard) < 100 {
+			for _, c := range room {
+				for a := range c.answers([]byte(pending[0]), nil) {
+					if from := `"from":"` + c.name + `"}`; !strings.HasSuffix(string(a), from) || !json.Valid(a) {
+						t.Errorf("%s: got %s, want it to end with %s", message, a, from)
+					}
+					heard = append(heard, string(a))
+					pending = append(pending, string(a))
+				}
+			}
+			pending = pending[1:]
+		}
+		return heard
+	}
+	for _, step := range []struct {
+		message string
+		answers int
+	}{
+		{`{"verb":"mute","rule":{"audio":true}}`, 3},
+		{`{"verb":"list","what":"mute"}`, 3},
+		{`{"verb":"list","what":"stream","which":"all"}`, 3},
+		{`{"verb":"mute","rule":{"video":true},"to":"box2"}`, 1},
+		{`{"verb":"healthcheck","to":"box4"}`, 0},
+		{`{"verb":"healthcheck","to":["box1"]}`, 0},
+		{`{"verb":"nope"}`, 3},
+		{`nonsense`, 3},
+		{`{"verb":"healthcheck","from":"somebody"}`, 0},
+	} {
+		if got := say(step.message); len(got) != step.answers {
+			t.Errorf("%s: got %d answers, want %d: %s", step.message, len(got), step.answers, got)
+		}
+	}
+	for i, c := range room {
+		if got := c.listMute(handHere); !got.Audio || got.Video != (i == 1) {
+			t.Errorf("%s has muted %+v", c.name, got)
+		}
 	}
 }
 

@@ -376,8 +376,9 @@ type destinationStats struct {
 	State       string     `json:"state"`       // connecting (the first time), open, waiting, refused
 	Since       time.Time  `json:"since"`
 	RetryAt     *time.Time `json:"retryAt,omitempty"`
-	Error       string     `json:"error,omitempty"`  // why the last connection ended, or could not be opened
-	Advice      string     `json:"advice,omitempty"` // what to do about the error
+	Problem     string     `json:"problem,omitempty"` // why there is nothing to send
+	Error       string     `json:"error,omitempty"`   // why the last connection ended, or could not be opened
+	Advice      string     `json:"advice,omitempty"`  // what to do about the error
 	Bytes       uint64     `json:"bytes"`
 	Frames      uint64     `json:"frames"`
 	Messages    uint64     `json:"messages"`

@@ -158,6 +158,7 @@ func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logge
 func newProgram(ctx context.Context, set settings, port int, log *slog.Logger) (*server, error) {
 	r := newRules(ctx, newMux(), set.maxLag, log)
 	r.dialer.proxy = http.ProxyFromEnvironment
+	r.mute(set.mute)
 	if set.state != "" {
 		if err := r.keep(set.state); err != nil {
 			return nil, settingError{"VW_STATE", set.state, err}
@@ -170,7 +171,7 @@ func newProgram(ctx context.Context, set settings, port int, log *slog.Logger) (
 			log.Warn("VW_PLAYER: the preview lacks a player", "err", err)
 		}
 	}
-	s.commands.port = port
+	s.commands.port, s.commands.name = port, set.name
 	if set.api != "" {
 		s.startControl(set.control())
 	}
@@ -251,9 +252,11 @@ type settings struct {
 	port       int    // 0: any that is free
 	logLevel   slog.Level
 	token      string
+	name       string // of this vw on the control link
 	api        string // URL that commands come from; "": none
 	apiToken   string
 	state      string // file; "": none
+	mute       muteSet
 	maxLag     time.Duration
 	players    players
 	cpuProfile string
@@ -301,8 +304,23 @@ var variables = []variable{
 		s.apiToken = v
 		return "", true
 	}},
+	{"VW_NAME", "", "none", "what this vw calls itself on a control link that several share", func(s *settings, v string) (string, bool) {
+		s.name = v
+		_, err := cleanName("VW_NAME", v)
+		return "a name of A-Z a-z 0-9 . _ - and /", err == nil && v[0] != '/'
+	}},
 	{"VW_STATE", "", "none", "file in which the rules survive a restart", func(s *settings, v string) (string, bool) {
 		s.state = v
+		return "", true
+	}},
+	{"VW_MUTE", "", "none", "audio, video or both: muted from the start", func(s *settings, v string) (string, bool) {
+		for kind := range strings.FieldsFuncSeq(v, func(r rune) bool { return r == ',' || r == ' ' }) {
+			i := slices.Index(mediaKinds, strings.ToLower(kind))
+			if i < 0 {
+				return `audio, video, or both: "audio,video"`, false
+			}
+			s.mute |= muteOf(handHere, i)
+		}
 		return "", true
 	}},
 	{"VW_MAXLAG", "", "500ms", "age at which queued video is dropped", func(s *settings, v string) (string, bool) {

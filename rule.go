@@ -21,6 +21,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode"
 )
 
@@ -205,6 +206,88 @@ func (r destinationRule) secrets() []string {
 		all = append(all, value, credentials)
 	}
 	return all
+}
+
+// hand is one of the two that hold the mute switch. Each mutes and lifts its
+// own; what either has muted is muted.
+type hand int
+
+const (
+	handHere    hand = iota // who passes the door: HTTP, the page, VW_MUTE
+	handControl             // the control link
+)
+
+var handNames = []string{handHere: "here", handControl: "control"}
+
+// mediaKinds are what can be muted.
+var mediaKinds = []string{"audio", "video"}
+
+// muteSet is what is muted, and by whom: a bit for each hand and kind.
+type muteSet uint8
+
+// muteOf returns the bit of a hand and a kind, which is an index of mediaKinds.
+func muteOf(by hand, kind int) muteSet { return 1 << (int(by)*len(mediaKinds) + kind) }
+
+// by returns the names of the hands that mute a kind.
+func (m muteSet) by(kind int) (names []string) {
+	for h, name := range handNames {
+		if m&muteOf(hand(h), kind) != 0 {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// muteRule is what a hand changes at the mute switch; what is nil stays as it is.
+type muteRule struct {
+	Audio   *bool `json:"audio"`
+	Video   *bool `json:"video"`
+	Control *bool `json:"control"` // false: a lift is one of what the control link has muted, too
+}
+
+// clean returns what the rule mutes and lifts.
+func (r muteRule) clean(by hand) (mutes, lifts muteSet, err error) {
+	for kind, on := range []*bool{r.Audio, r.Video} {
+		if on != nil && *on {
+			mutes |= muteOf(by, kind)
+		} else if on != nil {
+			lifts |= muteOf(by, kind)
+			if r.Control != nil {
+				lifts |= muteOf(handControl, kind)
+			}
+		}
+	}
+	switch {
+	case mutes|lifts == 0:
+		return 0, 0, invalid(`"audio" and "video" are missing: {"audio":true} mutes, {"audio":false} lifts that`)
+	case r.Control != nil && by == handControl:
+		return 0, 0, invalid(`"control" is not for the control link, which lifts what it has muted itself`)
+	case r.Control != nil && (*r.Control || lifts == 0):
+		return 0, 0, invalid(`"control" must be false, beside something to lift: {"audio":false,"control":false}`)
+	}
+	return mutes, lifts, nil
+}
+
+// muteStatus is what is muted, as a hand is told.
+type muteStatus struct {
+	Audio bool                 `json:"audio"`
+	Video bool                 `json:"video"`
+	By    map[string][]string  `json:"by,omitempty"`    // of what not only the one who asks has muted
+	Since map[string]time.Time `json:"since,omitempty"` // in the stats alone
+}
+
+// status returns what is muted, as a hand is told.
+func (m muteSet) status(asks hand) muteStatus {
+	s := muteStatus{Audio: m.by(0) != nil, Video: m.by(1) != nil}
+	for kind, name := range mediaKinds {
+		if by := m.by(kind); by != nil && !slices.Equal(by, handNames[asks:asks+1]) {
+			if s.By == nil {
+				s.By = make(map[string][]string)
+			}
+			s.By[name] = by
+		}
+	}
+	return s
 }
 
 // id names a destination. In JSON a string, or a number as it is written.

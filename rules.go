@@ -42,8 +42,10 @@ type rules struct {
 	mu           sync.RWMutex // held while a change is applied, which may take 100 ms
 	streams      map[string][]string
 	destinations map[string]*running
-	pending      []*change // not applied yet, oldest first
-	unstored     []*change // that the next write stores; the pending ones are among them
+	mutes        muteSet
+	mutedSince   [2]time.Time // by kind: when it was muted
+	pending      []*change    // not applied yet, oldest first
+	unstored     []*change    // that the next write stores; the pending ones are among them
 }
 
 func newRules(ctx context.Context, x *mux, maxLag time.Duration, log *slog.Logger) *rules {
@@ -60,6 +62,7 @@ func (r *rules) keep(name string) error {
 	if err != nil {
 		return err
 	}
+	r.mute(set.mutes)
 	for name, feeds := range set.streams {
 		r.mu.Lock()
 		r.carryOut(r.streamChange(streamRule{name, feeds}), time.Now(), atOnce)
@@ -96,7 +99,8 @@ type ruleKey struct{ kind, name string }
 // change is what one call changes. Guarded by rules.mu, but for result.
 type change struct {
 	key     ruleKey               // of the rule that it sets; zero: it sets none
-	put     func(ruleSet)         // does to a copy of the rules what apply does to them
+	lifts   muteSet               // of a change that lifts a mute; a newer mute takes its own out
+	put     func(*ruleSet)        // does to a copy of the rules what apply does to them
 	apply   func() (after func()) // does it, with mu held; after is the rest, without mu
 	takes   bool                  // takes away something that is in force
 	applied bool
@@ -191,7 +195,7 @@ func (r *rules) snapshot() (ruleSet, []*change) {
 func (r *rules) planned() ruleSet {
 	set := r.inForce()
 	for _, c := range r.pending {
-		c.put(set)
+		c.put(&set)
 	}
 	return set
 }
@@ -254,7 +258,7 @@ func (r *rules) revoke(key ruleKey, c *change) (revoked bool) {
 			newer = true
 			return true
 		}
-		older := p.key == key && !newer
+		older := p.key == key && key != ruleKey{} && !newer
 		revoked = revoked || older
 		return older
 	})
@@ -270,7 +274,7 @@ func (r *rules) set() ruleSet {
 
 // inForce is set with mu held.
 func (r *rules) inForce() ruleSet {
-	set := ruleSet{maps.Clone(r.streams), make(map[string]destinationRule, len(r.destinations))}
+	set := ruleSet{maps.Clone(r.streams), make(map[string]destinationRule, len(r.destinations)), r.mutes}
 	for name, d := range r.destinations {
 		set.destinations[name] = d.rule
 	}
@@ -317,7 +321,7 @@ func subset(a, b []string) bool {
 func (r *rules) streamChange(rule streamRule) *change {
 	return &change{
 		key: ruleKey{"stream", rule.Stream},
-		put: func(set ruleSet) { set.streams[rule.Stream] = rule.Feeds },
+		put: func(set *ruleSet) { set.streams[rule.Stream] = rule.Feeds },
 		apply: func() func() {
 			r.streams[rule.Stream] = rule.Feeds
 			ended := r.mux.setStream(rule.Stream, rule.Feeds, true)
@@ -436,7 +440,7 @@ func (r *rules) setDestination(rule destinationRule) (destinationRule, error) {
 func (r *rules) destinationChange(rule destinationRule) *change {
 	return &change{
 		key: ruleKey{"destination", string(rule.ID)},
-		put: func(set ruleSet) { set.destinations[string(rule.ID)] = rule },
+		put: func(set *ruleSet) { set.destinations[string(rule.ID)] = rule },
 		apply: func() func() {
 			r.runDestination(rule)
 			return func() {}
@@ -525,4 +529,100 @@ func (r *rules) destinationsDeletion(names ...string) *change {
 			}
 		}
 	}}
+}
+
+// mute mutes what was muted when vw ended, or is from the start. It is called
+// before there is a destination.
+func (r *rules) mute(what muteSet) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.applyMutes(r.mutes | what)
+}
+
+// muteStatus returns what is muted, as a hand is told, and since when.
+func (r *rules) muteStatus(asks hand) (s muteStatus, since map[string]time.Time) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	since = make(map[string]time.Time)
+	for kind, name := range mediaKinds {
+		if r.mutes.by(kind) != nil {
+			since[name] = r.mutedSince[kind]
+		}
+	}
+	return r.mutes.status(asks), since
+}
+
+// setMute changes what a hand has muted. When it returns, no message that holds
+// what is muted will be begun (I6). A mute is in force whether it can be stored
+// or not; a lift is stored first, and a mute that comes meanwhile wins.
+func (r *rules) setMute(rule muteRule, by hand) (muteStatus, error) {
+	begun := time.Now()
+	mutes, lifts, err := rule.clean(by)
+	if err != nil {
+		return muteStatus{}, err
+	}
+	r.mu.Lock()
+	revoked := false
+	for _, c := range r.pending {
+		revoked = revoked || c.lifts&mutes != 0
+		c.lifts &^= mutes
+	}
+	if mutes != 0 && (mutes&^r.mutes != 0 || revoked || !r.isStored()) {
+		err = r.carryOut(r.muteChange(mutes), begun, atOnce)
+		r.mu.Lock()
+	}
+	if lifts&r.mutes != 0 && err == nil {
+		err = r.carryOut(r.liftChange(lifts), begun, !atOnce)
+		r.mu.Lock()
+	}
+	status := r.mutes.status(by)
+	r.mu.Unlock()
+	if bad := (notStoredError{}); mutes != 0 && lifts != 0 && errors.As(err, &bad) {
+		err = notStoredError{"what is muted is in force, and nothing is lifted", bad.error}
+	}
+	return status, err
+}
+
+// muteChange is the change that mutes.
+func (r *rules) muteChange(mutes muteSet) *change {
+	return &change{takes: true, apply: func() func() { return r.applyMutes(r.mutes | mutes) }}
+}
+
+// liftChange is the change that lifts mutes.
+func (r *rules) liftChange(lifts muteSet) *change {
+	c := &change{lifts: lifts}
+	c.put = func(set *ruleSet) { set.mutes &^= c.lifts }
+	c.apply = func() func() { return r.applyMutes(r.mutes &^ c.lifts) }
+	return c
+}
+
+// applyMutes makes mutes what is muted; mu is held. after is as of a change.
+func (r *rules) applyMutes(mutes muteSet) (after func()) {
+	was := r.mutes
+	r.mutes = mutes
+	var muted kindSet
+	for kind, track := range []trackKind{soundTrack, pictureTrack} {
+		if mutes.by(kind) == nil {
+			continue
+		}
+		muted |= kindsOf(track)
+		if was.by(kind) == nil {
+			r.mutedSince[kind] = time.Now()
+		}
+	}
+	ended := r.mux.setMute(muted)
+	return func() {
+		awaitWrites(ended)
+		for by, name := range handNames {
+			for kind, what := range mediaKinds {
+				bit := muteOf(hand(by), kind)
+				switch {
+				case mutes&^was&bit != 0:
+					r.log.Info("muted", "kind", what, "by", name)
+				case was&^mutes&bit != 0:
+					r.log.Info("mute lifted", "kind", what, "by", name)
+				}
+			}
+		}
+	}
 }

@@ -13,11 +13,13 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/net/websocket"
@@ -127,6 +129,178 @@ func TestSecrets(t *testing.T) {
 	if got, want := ask(s, "GET /api/destinations/all"), `200 {"0":`+rule(`"ws://127.0.0.1:2/"`)+`}`; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
+}
+
+// TestMuteSwitch: each hand mutes and lifts its own, what either has muted is
+// muted, and only here lifts what control has muted, by saying so.
+func TestMuteSwitch(t *testing.T) {
+	s := newTestServer(t, "")
+	const (
+		off   = `200 {"audio":false,"video":false}`
+		sound = `200 {"audio":true,"video":false}`
+		by    = `200 {"audio":true,"video":false,"by":{"audio":["%s"]}}`
+	)
+	remote := func(rule string) string {
+		v, err := s.commands.setMute([]byte(rule), handControl)
+		if err != nil {
+			return err.Error()
+		}
+		return "200 " + string(encode(v))
+	}
+	for i, step := range []struct{ hand, request, want string }{
+		{"", "GET", off},
+		{"", `PUT {"audio":true}`, sound},
+		{"", "GET", sound},
+		{"", `POST {"audio":true}`, sound},
+		{"control", `{"audio":false}`, fmt.Sprintf(by, "here")},
+		{"control", `{"audio":false,"control":false}`, `"control" is not for the control link, which lifts what it has muted itself`},
+		{"", `PUT {"audio":false}`, off},
+		{"control", `{"audio":true}`, sound},
+		{"", "GET", fmt.Sprintf(by, "control")},
+		{"", `PUT {"audio":false}`, fmt.Sprintf(by, "control")},
+		{"", `PUT {"audio":true}`, fmt.Sprintf(by, `here","control`)},
+		{"control", `{"audio":false}`, fmt.Sprintf(by, "here")},
+		{"control", `{"audio":true,"video":true}`, `200 {"audio":true,"video":true,"by":{"audio":["here","control"]}}`},
+		{"", `PUT {"audio":false,"video":false}`, `200 {"audio":true,"video":true,"by":{"audio":["control"],"video":["control"]}}`},
+		{"", `PUT {"video":true,"audio":false,"control":false}`, `200 {"audio":false,"video":true,"by":{"video":["here","control"]}}`},
+		{"", `PUT {"video":false,"control":false}`, off},
+		{"", "PUT ", "400"}, // as a redirect or a proxy sends it
+		{"", "POST ", "400"},
+		{"", "POST {}", `400 {"error":"\"audio\" and \"video\" are missing: {\"audio\":true} mutes, {\"audio\":false} lifts that"}`},
+		{"", `POST {"control":false}`, "400"},
+		{"", `POST {"audio":true,"control":false}`, "400"},
+		{"", `POST {"audio":false,"control":true}`, "400"},
+		{"", `POST {"audio":"true"}`, "400"},
+		{"", `POST {"sound":true}`, "400"},
+		{"", `POST null`, "400"},
+		{"", "DELETE", "405"},
+		{"", "GET", off},
+	} {
+		got := ""
+		if step.hand == "control" {
+			got = remote(step.request)
+		} else {
+			method, body, _ := strings.Cut(step.request, " ")
+			got = ask(s, method+" /api/mute "+body)
+		}
+		if got != step.want && (len(step.want) > 3 || !strings.HasPrefix(got, step.want)) {
+			t.Errorf("step %d, %s%s: got %s, want %s", i, step.hand, step.request, got, step.want)
+		}
+	}
+	ask(s, `PUT /api/mute {"video":true}`)
+	remote(`{"audio":true}`)
+	metrics := ask(s, "GET /metrics")
+	for _, want := range []string{
+		"\nvw_muted{kind=\"audio\",by=\"here\"} 0\nvw_muted{kind=\"audio\",by=\"control\"} 1\n",
+		"\nvw_muted{kind=\"video\",by=\"here\"} 1\nvw_muted{kind=\"video\",by=\"control\"} 0\n",
+	} {
+		if !strings.Contains(metrics, want) {
+			t.Errorf("got\n%s\nwant %q in it", metrics, want)
+		}
+	}
+	stats := s.commands.stats()
+	if m := stats.Mute; !m.Audio || !m.Video || len(m.Since) != 2 || time.Since(m.Since["audio"]) > time.Minute || len(m.By) != 1 {
+		t.Errorf("the stats have %+v", m)
+	}
+}
+
+// TestMuteKept: what is muted is in the state file, and in force again after a
+// restart, with what VW_MUTE says.
+func TestMuteKept(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "state")
+	synctest.Test(t, func(t *testing.T) { testMuteKept(t, file) })
+}
+
+func testMuteKept(t *testing.T, file string) {
+	on, off := true, false
+	r, end := keepRules(t, file)
+	set := func(rule muteRule, by hand) {
+		t.Helper()
+		if _, err := r.setMute(rule, by); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(muteRule{Audio: &on}, handHere)
+	set(muteRule{Audio: &on, Video: &on}, handControl)
+	if got, want := onDisk(t, file), "{\"vw\":1,\"streams\":0,\"destinations\":0,\"mutes\":2}\n"+
+		"{\"mutedBy\":\"here\",\"audio\":true,\"video\":false}\n{\"mutedBy\":\"control\",\"audio\":true,\"video\":true}\n"; got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+	end()
+	r, end = keepRules(t, file)
+	if got, want := r.set().mutes, muteOf(handHere, 0)|muteOf(handControl, 0)|muteOf(handControl, 1); got != want {
+		t.Errorf("after a restart: got %b, want %b", got, want)
+	}
+	set(muteRule{Audio: &off, Video: &off, Control: &off}, handHere)
+	if got, want := onDisk(t, file), "{\"vw\":1,\"streams\":0,\"destinations\":0}\n"; got != want {
+		t.Errorf("lifted: got %s, want %s", got, want)
+	}
+	set(muteRule{Video: &on}, handControl)
+	end()
+	s, _, err := readSettings([]string{"VW_MUTE=audio, Video"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	r = newRules(ctx, newMux(), time.Second, discardLog)
+	r.mute(s.mute)
+	if err := r.keep(file); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := r.set().mutes, muteOf(handHere, 0)|muteOf(handHere, 1)|muteOf(handControl, 1); got != want {
+		t.Errorf("with VW_MUTE: got %b, want %b", got, want)
+	}
+	cancel()
+	r.wait()
+}
+
+// TestMuteHungDisk: a mute is in force whatever the disk does, a lift only when
+// it is stored; and a mute that comes while that is written wins.
+func TestMuteHungDisk(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "state")
+	synctest.Test(t, func(t *testing.T) {
+		r, end := keepRules(t, file)
+		s := newServer(t.Context(), r, "", discardLog)
+		disk := make(chan struct{})
+		r.file.save = func(file string, b []byte) error {
+			<-disk
+			return writeState(file, b)
+		}
+		for _, step := range []struct {
+			request, want string
+			after         time.Duration
+			muted         muteStatus
+		}{
+			{`{"audio":true}`, "in force, not stored", shortWait, muteStatus{Audio: true}},
+			{`{"audio":true}`, "in force, not stored", 0, muteStatus{Audio: true}},
+			{`{"audio":false}`, "nothing has changed", longWait, muteStatus{Audio: true}},
+			{`{"audio":false,"video":true}`, "what is muted is in force, and nothing is lifted", 0, muteStatus{Audio: true, Video: true}},
+		} {
+			start := time.Now()
+			got, want := ask(s, "PUT /api/mute "+step.request), fmt.Sprintf(`500 {"error":"%s: the disk does not answer"}`, step.want)
+			if got != want || time.Since(start) != step.after {
+				t.Errorf("%s: got %s after %v, want %s after %v", step.request, got, time.Since(start), want, step.after)
+			}
+			if got := s.commands.listMute(handHere); got.Audio != step.muted.Audio || got.Video != step.muted.Video {
+				t.Errorf("%s: got %+v, want %+v", step.request, got, step.muted)
+			}
+		}
+		var lift sync.WaitGroup
+		lift.Go(func() {
+			if got := ask(s, `PUT /api/mute {"audio":false,"video":false}`); got != `200 {"audio":true,"video":false}` {
+				t.Errorf("the lift: got %s", got)
+			}
+		})
+		synctest.Wait()
+		ask(s, `PUT /api/mute {"audio":true}`)
+		close(disk)
+		lift.Wait()
+		time.Sleep(2 * retryWrite)
+		if got, want := onDisk(t, file), string(r.set().encode()); got != want || r.set().mutes != muteOf(handHere, 0) {
+			t.Errorf("got %s on the disk, want %s", got, want)
+		}
+		end()
+	})
 }
 
 // TestSecretMoves: *** takes no secret to another host, port or dialect, out of

@@ -1,7 +1,9 @@
 // The state file: the rules, so that they survive a restart and a power cut.
 //
 // One JSON value a line: first {"vw":1,"streams":M,"destinations":N}, then M
-// stream rules and N destination rules. It is replaced whole, by rename, so
+// stream rules and N destination rules. Where something is muted the first line
+// has "mutes":K, too, so that a vw that does not know mutes refuses the file,
+// and K lines follow that say what a hand has muted. The file is replaced whole, by rename, so
 // that a crash at any moment leaves the old or the new one. It is for its owner
 // alone, and for one vw: that holds a lock on a file beside it, which is never
 // removed nor renamed.
@@ -35,6 +37,7 @@ const maxState = 64 << 20 // bytes of a state file
 type ruleSet struct {
 	streams      map[string][]string
 	destinations map[string]destinationRule
+	mutes        muteSet
 }
 
 // stateHead is the first line of a state file.
@@ -42,6 +45,25 @@ type stateHead struct {
 	Version      int `json:"vw"`
 	Streams      int `json:"streams"`
 	Destinations int `json:"destinations"`
+	Mutes        int `json:"mutes,omitempty"` // hands that have muted something
+}
+
+// handMutes is the line of what a hand has muted.
+type handMutes struct {
+	Hand  string `json:"mutedBy"`
+	Audio bool   `json:"audio"`
+	Video bool   `json:"video"`
+}
+
+// byHand returns the lines of what is muted.
+func (m muteSet) byHand() (all []handMutes) {
+	for h, name := range handNames {
+		line := handMutes{name, m&muteOf(hand(h), 0) != 0, m&muteOf(hand(h), 1) != 0}
+		if line.Audio || line.Video {
+			all = append(all, line)
+		}
+	}
+	return all
 }
 
 // encode returns the set as the text of a state file.
@@ -53,19 +75,23 @@ func (s ruleSet) encode() []byte {
 			panic(err) // a rule can be encoded: it was decoded
 		}
 	}
-	line(stateHead{1, len(s.streams), len(s.destinations)})
+	mutes := s.mutes.byHand()
+	line(stateHead{1, len(s.streams), len(s.destinations), len(mutes)})
 	for _, name := range slices.Sorted(maps.Keys(s.streams)) {
 		line(streamRule{name, s.streams[name]})
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.destinations)) {
 		line(s.destinations[name])
 	}
+	for _, m := range mutes {
+		line(m)
+	}
 	return b.Bytes()
 }
 
 // decodeState is the inverse of encode. An error names the line.
 func decodeState(b []byte) (ruleSet, error) {
-	set := ruleSet{make(map[string][]string), make(map[string]destinationRule)}
+	set := ruleSet{make(map[string][]string), make(map[string]destinationRule), 0}
 	var head stateHead
 	n := 0
 	for line := range bytes.Lines(b) {
@@ -85,6 +111,8 @@ func decodeState(b []byte) (ruleSet, error) {
 				return set.addStream(line)
 			case n <= 1+head.Streams+head.Destinations:
 				return set.addDestination(line)
+			case n <= 1+head.Streams+head.Destinations+head.Mutes:
+				return set.addMutes(line)
 			default:
 				return invalid("there should be %d streams and %d destinations, and no more", head.Streams, head.Destinations)
 			}
@@ -94,7 +122,7 @@ func decodeState(b []byte) (ruleSet, error) {
 			return ruleSet{}, fmt.Errorf("line %d: %w", n, err)
 		}
 	}
-	if n == 0 || len(set.streams) != head.Streams || len(set.destinations) != head.Destinations {
+	if n == 0 || len(set.streams) != head.Streams || len(set.destinations) != head.Destinations || len(set.mutes.byHand()) != head.Mutes {
 		return ruleSet{}, invalid("line %d: it is missing", n+1)
 	}
 	return set, nil
@@ -113,6 +141,29 @@ func (s ruleSet) addStream(line []byte) error {
 		return invalid("stream %q is there twice", rule.Stream)
 	}
 	s.streams[rule.Stream] = rule.Feeds
+	return nil
+}
+
+func (s *ruleSet) addMutes(line []byte) error {
+	var m handMutes
+	if err := decode(line, &m); err != nil {
+		return err
+	}
+	h := slices.Index(handNames, m.Hand)
+	if h < 0 {
+		return invalid("mutedBy is %.40q, it must be here or control", m.Hand)
+	}
+	bits := s.mutes
+	if m.Audio {
+		bits |= muteOf(hand(h), 0)
+	}
+	if m.Video {
+		bits |= muteOf(hand(h), 1)
+	}
+	if bits == s.mutes || s.mutes&(muteOf(hand(h), 0)|muteOf(hand(h), 1)) != 0 {
+		return invalid("%s has muted nothing, or is there twice", m.Hand)
+	}
+	s.mutes = bits
 	return nil
 }
 

@@ -27,6 +27,7 @@ type stats struct {
 	Goroutines   int                          `json:"goroutines"`
 	Heap         uint64                       `json:"heap"`
 	Descriptors  int                          `json:"descriptors"` // -1: not known here
+	Mute         muteStatus                   `json:"mute"`
 	Feeds        map[string]*feedStats        `json:"feeds"`
 	Streams      map[string]*streamStats      `json:"streams"`
 	Destinations map[string]*destinationStats `json:"destinations"`
@@ -42,8 +43,29 @@ func newStats(started time.Time, r *rules) stats {
 		Heap: heap[0].Value.Uint64(), Descriptors: descriptors(),
 		Destinations: r.destinationStats(now),
 	}
+	all.Mute, all.Mute.Since = r.muteStatus(handHere)
 	all.Feeds, all.Streams = r.mux.stats(now)
+	for _, d := range all.Destinations {
+		d.Problem = all.problem(d.Stream)
+	}
 	return all
+}
+
+// problem says why a destination of source has nothing to send, though its
+// connection is open; "" when that is not so.
+func (all stats) problem(source string) string {
+	feed, stream := all.Feeds[source], all.Streams[source]
+	switch {
+	case isStream(source) && stream == nil:
+		return "no such stream"
+	case isStream(source) && len(stream.Feeds) == 0:
+		return "the stream has no feeds"
+	case isStream(source) && len(stream.Present) == 0:
+		return "nobody publishes a feed of the stream"
+	case !isStream(source) && (feed == nil || feed.Publisher == nil):
+		return "nobody publishes the feed"
+	}
+	return ""
 }
 
 // version is what go build knows of the source.
@@ -97,31 +119,52 @@ func descriptors() int {
 	return len(names) - 1 // without d
 }
 
-// metrics returns all as metrics.
+// metrics returns all in Prometheus' text format 0.0.4.
 func (all stats) metrics() []byte {
-	var b []byte
-	is := func(yes bool) float64 {
-		if yes {
-			return 1
-		}
-		return 0
-	}
+	var e exposition
+	e.addProcess(all)
+	e.addMutes(all.Mute)
+	e.addFeeds(all.Feeds)
+	e.addStreams(all.Streams)
+	e.addDestinations(all.Destinations)
+	return e
+}
+
+// exposition is a text of metrics.
+type exposition []byte
+
+func (e *exposition) addProcess(all stats) {
 	process := func(name, kind, help string, v float64) {
-		b = appendFamily(b, name, kind, help, "", []string{""}, func(string) float64 { return v })
+		e.add(name, kind, help, "", []string{""}, func(string) float64 { return v })
 	}
-	b = appendFamily(b, "vw_build_info", "gauge", "The version that runs.", "version", []string{all.Version}, func(string) float64 { return 1 })
+	e.add("vw_build_info", "gauge", "The version that runs.", "version", []string{all.Version}, func(string) float64 { return 1 })
 	process("vw_uptime_seconds", "gauge", "Time since the start.", all.Uptime)
 	process("vw_heap_bytes", "gauge", "Memory in objects on the heap.", float64(all.Heap))
 	process("go_goroutines", "gauge", "Goroutines that exist.", float64(all.Goroutines))
 	if all.Descriptors >= 0 {
 		process("process_open_fds", "gauge", "Open file descriptors.", float64(all.Descriptors))
 	}
+}
 
-	names := slices.Sorted(maps.Keys(all.Feeds))
-	feed := func(name, kind, help string, value func(*feedStats) float64) {
-		b = appendFamily(b, "vw_feed_"+name, kind, help, "feed", names, func(of string) float64 { return value(all.Feeds[of]) })
+func (e *exposition) addMutes(m muteStatus) {
+	kind := "gauge"
+	for i, muted := range []bool{m.Audio, m.Video} {
+		hands := m.By[mediaKinds[i]]
+		if muted && hands == nil {
+			hands = handNames[handHere:handControl]
+		}
+		e.add("vw_muted", kind, "1 when the mute switch is on, by who has muted what.", `kind="`+mediaKinds[i]+`",by`, handNames,
+			func(by string) float64 { return oneIf(slices.Contains(hands, by)) })
+		kind = "" // goes on
 	}
-	feed("live", "gauge", "1 when the feed comes, whole and with keyframes.", func(f *feedStats) float64 { return is(f.State == "live") })
+}
+
+func (e *exposition) addFeeds(all map[string]*feedStats) {
+	names := slices.Sorted(maps.Keys(all))
+	feed := func(name, kind, help string, value func(*feedStats) float64) {
+		e.add("vw_feed_"+name, kind, help, "feed", names, func(of string) float64 { return value(all[of]) })
+	}
+	feed("live", "gauge", "1 when the feed comes, whole and with keyframes.", func(f *feedStats) float64 { return oneIf(f.State == "live") })
 	feed("bytes_total", "counter", "Bytes received.", func(f *feedStats) float64 { return float64(f.Bytes) })
 	feed("packets_total", "counter", "Transport packets received.", func(f *feedStats) float64 { return float64(f.Packets) })
 	feed("frames_total", "counter", "Frames received, of the video if there is one.", func(f *feedStats) float64 { return float64(f.Frames) })
@@ -129,40 +172,49 @@ func (all stats) metrics() []byte {
 	feed("continuity_errors_total", "counter", "Packets whose continuity counter did not go on.", func(f *feedStats) float64 { return float64(f.ContinuityErrors) })
 	feed("damaged_packets_total", "counter", "Packets with transport_error_indicator.", func(f *feedStats) float64 { return float64(f.Damaged) })
 	feed("resyncs_total", "counter", "Times that the packets were lost and found again.", func(f *feedStats) float64 { return float64(f.Resyncs) })
+}
 
-	names = slices.Sorted(maps.Keys(all.Streams))
+func (e *exposition) addStreams(all map[string]*streamStats) {
+	names := slices.Sorted(maps.Keys(all))
 	stream := func(name, kind, help string, value func(*streamStats) float64) {
-		b = appendFamily(b, "vw_stream_"+name, kind, help, "stream", names, func(of string) float64 { return value(all.Streams[of]) })
+		e.add("vw_stream_"+name, kind, help, "stream", names, func(of string) float64 { return value(all[of]) })
 	}
 	stream("bytes_total", "counter", "Bytes of the program made.", func(s *streamStats) float64 { return float64(s.Bytes) })
 	stream("feeds", "gauge", "Feeds in the rule.", func(s *streamStats) float64 { return float64(len(s.Feeds)) })
 	stream("feeds_present", "gauge", "Feeds in the rule that somebody publishes.", func(s *streamStats) float64 { return float64(len(s.Present)) })
+}
 
-	names = slices.Sorted(maps.Keys(all.Destinations))
+func (e *exposition) addDestinations(all map[string]*destinationStats) {
+	names := slices.Sorted(maps.Keys(all))
 	dest := func(name, kind, help string, value func(*destinationStats) float64) {
-		b = appendFamily(b, "vw_destination_"+name, kind, help, "destination", names, func(of string) float64 { return value(all.Destinations[of]) })
+		e.add("vw_destination_"+name, kind, help, "destination", names, func(of string) float64 { return value(all[of]) })
 	}
-	dest("open", "gauge", "1 when the connection is open.", func(d *destinationStats) float64 { return is(d.State == "open") })
+	dest("open", "gauge", "1 when the connection is open.", func(d *destinationStats) float64 { return oneIf(d.State == "open") })
 	dest("bytes_total", "counter", "Bytes of payload delivered.", func(d *destinationStats) float64 { return float64(d.Bytes) })
 	dest("messages_total", "counter", "Messages delivered.", func(d *destinationStats) float64 { return float64(d.Messages) })
 	dest("frames_total", "counter", "Frames delivered.", func(d *destinationStats) float64 { return float64(d.Frames) })
 	dest("reconnects_total", "counter", "Connections after the first.", func(d *destinationStats) float64 { return float64(d.Reconnects) })
 	dest("queue_age_seconds", "gauge", "Age of the oldest message queued.", func(d *destinationStats) float64 { return d.QueueAge })
 	dest("round_trip_seconds", "gauge", "Round trip of the last ping; 0 when not known.", func(d *destinationStats) float64 { return d.RoundTrip })
-	for c := kept + 1; c < causes; c++ {
-		kind := "counter"
-		if c > kept+1 {
-			kind = "" // goes on
-		}
-		b = appendFamily(b, "vw_destination_dropped_messages_total", kind, "Messages dropped, by cause.", `cause="`+causeNames[c]+`",destination`, names,
-			func(of string) float64 { return float64(all.Destinations[of].Dropped[causeNames[c]]) })
+	kind := "counter"
+	for _, cause := range causeNames[kept+1:] {
+		e.add("vw_destination_dropped_messages_total", kind, "Messages dropped, by cause.", `cause="`+cause+`",destination`, names,
+			func(of string) float64 { return float64(all[of].Dropped[cause]) })
+		kind = "" // goes on
 	}
-	return b
 }
 
-// appendFamily appends one metric, with a sample for each name; kind is "" when
-// it was begun before. No name needs an escape.
-func appendFamily(b []byte, name, kind, help, label string, names []string, value func(string) float64) []byte {
+func oneIf(yes bool) float64 {
+	if yes {
+		return 1
+	}
+	return 0
+}
+
+// add appends one metric, with a sample for each name; kind is "" when it was
+// begun before. No name needs an escape.
+func (e *exposition) add(name, kind, help, label string, names []string, value func(string) float64) {
+	b := *e
 	if kind != "" && len(names) > 0 {
 		b = fmt.Appendf(b, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
 	}
@@ -173,5 +225,5 @@ func appendFamily(b []byte, name, kind, help, label string, names []string, valu
 		}
 		b = append(strconv.AppendFloat(append(b, ' '), value(of), 'g', -1, 64), '\n')
 	}
-	return b
+	*e = b
 }
