@@ -84,18 +84,14 @@ func listDevices(root string, port int) (devices, error) {
 	for i := range d.Cameras {
 		c := &d.Cameras[i]
 		c.Feed = fmt.Sprint("video", i)
-		c.FFmpeg = c.line() + postURL(port, c.Feed)
+		c.FFmpeg = shellLine(append(c.args(), postURL("localhost", port, c.Feed))...)
 	}
 	for i := range d.Microphones {
 		m := &d.Microphones[i]
 		m.Feed = fmt.Sprint("audio", i)
-		m.FFmpeg = m.line() + postURL(port, m.Feed)
+		m.FFmpeg = shellLine(append(m.args(), postURL("localhost", port, m.Feed))...)
 	}
 	return d, nil
-}
-
-func postURL(port int, feed string) string {
-	return fmt.Sprintf(" http://localhost:%d/ts/%s", port, feed)
 }
 
 // listCameras lists cameras by their stable names, then those without one.
@@ -235,10 +231,10 @@ func isNumber(s string) bool {
 	return err == nil
 }
 
-// The ffmpeg lines end as those of README.md.
+// What ffmpeg makes of its input. README explains it; JSMpeg plays it.
 const (
-	videoOutput = " -f mpegts -codec:v mpeg1video -b:v 1000k -bf 0 -g 12"
-	audioOutput = " -f mpegts -codec:a mp2 -b:a 128k -muxdelay 0.001"
+	videoOutput = "-f mpegts -codec:v mpeg1video -b:v 1000k -bf 0 -g 12"
+	audioOutput = "-f mpegts -codec:a mp2 -b:a 128k -muxdelay 0.001"
 )
 
 // A camera is used as near to this size as it can be.
@@ -312,33 +308,49 @@ func (s size) rate() float64 {
 	return highest
 }
 
-// line is the ffmpeg line for a camera, without where to.
-func (c *cameraInfo) line() string {
+// args returns the ffmpeg arguments for a camera, without the URL.
+func (c *cameraInfo) args() []string {
 	use, ok := c.pick()
-	if !ok { // as in README.md; a driver that has another size or rate takes the nearest
+	if !ok { // a driver that has another size or rate takes the nearest
 		use = choice{"", wantWidth, wantHeight, 25}
 	}
-	var b strings.Builder
-	b.WriteString("ffmpeg -f v4l2")
+	args := []string{"-f", "v4l2"}
 	if use.input != "" {
-		b.WriteString(" -input_format " + use.input)
+		args = append(args, "-input_format", use.input)
 	}
 	if use.rate > 0 {
-		b.WriteString(" -framerate " + decimal(use.rate))
+		args = append(args, "-framerate", decimal(use.rate))
 	}
-	fmt.Fprintf(&b, " -video_size %dx%d -i %s", use.width, use.height, shellQuote(c.Path))
+	args = append(args, "-video_size", fmt.Sprintf("%dx%d", use.width, use.height), "-i", c.Path)
 	if !slices.Contains(mpegRates, use.rate) {
-		b.WriteString(" -r 25")
+		args = append(args, "-r", "25")
 	}
-	b.WriteString(videoOutput)
-	return b.String()
+	return append(args, strings.Fields(videoOutput)...)
 }
 
-// line is the ffmpeg line for a microphone, without where to. plughw converts
-// where the card has another rate or number of channels.
-func (m *microphoneInfo) line() string {
-	return "ffmpeg -f alsa -channels 1 -sample_rate 48000 -i " +
-		shellQuote(fmt.Sprintf("plughw:CARD=%s,DEV=%d", m.Card, m.Device)) + audioOutput
+// args returns the ffmpeg arguments for a microphone, without the URL.
+func (m *microphoneInfo) args() []string {
+	return append([]string{"-f", "alsa", "-channels", "1", "-sample_rate", "48000", "-i", m.input()}, strings.Fields(audioOutput)...)
+}
+
+// input returns the microphone's name in ALSA. plughw converts where the card
+// has another rate or number of channels.
+func (m *microphoneInfo) input() string {
+	return fmt.Sprintf("plughw:CARD=%s,DEV=%d", m.Card, m.Device)
+}
+
+// postURL returns where ffmpeg posts a feed to.
+func postURL(host string, port int, feed string) string {
+	return fmt.Sprintf("http://%s:%d/ts/%s", host, port, feed)
+}
+
+// shellLine returns an ffmpeg line to paste into a POSIX shell.
+func shellLine(args ...string) string {
+	line := "ffmpeg"
+	for _, a := range args {
+		line += " " + shellQuote(a)
+	}
+	return line
 }
 
 // shellQuote makes one word of s for a POSIX shell, quoted where it must be.

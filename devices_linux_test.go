@@ -96,8 +96,8 @@ func compile(t *testing.T, name string, flags ...string) (path string) {
 	return path
 }
 
-// listOf runs the shipped vw on a machine whose kernel is testdata/v4l2.
-func listOf(t *testing.T, root string, args ...string) string {
+// runOn runs the shipped vw on a machine whose kernel is testdata/v4l2.
+func runOn(t *testing.T, root string, args ...string) string {
 	t.Helper()
 	if runtime.GOARCH != "amd64" {
 		t.Fatalf("this test runs the binary for linux/amd64, here is %s", runtime.GOARCH)
@@ -110,7 +110,7 @@ func listOf(t *testing.T, root string, args ...string) string {
 	if err := os.WriteFile(filepath.Join(root, "vw"), b, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	c := exec.Command(cameras, append([]string{root, "/vw", "devices"}, args...)...)
+	c := exec.Command(cameras, append([]string{root, "/vw"}, args...)...)
 	c.Env = []string{"VW_PORT=8889"}
 	out, err := c.CombinedOutput()
 	if err != nil {
@@ -123,7 +123,7 @@ func listOf(t *testing.T, root string, args ...string) string {
 // devices, as JSON and as text.
 func TestDevices(t *testing.T) {
 	root := machine(t)
-	text := listOf(t, root, "-json")
+	text := runOn(t, root, "devices", "-json")
 	if hostile := regexp.MustCompile("[^ -~\n\uFFFD]").FindString(text); hostile != "" {
 		t.Errorf("got %q in it, want what can be printed", hostile)
 	}
@@ -170,7 +170,7 @@ func TestDevices(t *testing.T) {
 	compare(t, "camera", got.Cameras, want.Cameras)
 	compare(t, "microphone", got.Microphones, want.Microphones)
 
-	text = listOf(t, root)
+	text = runOn(t, root, "devices")
 	for _, want := range []string{`video0: "HD Pro Webcam"
     ` + byID + `, now /dev/video0
     "YUYV": "format 0"

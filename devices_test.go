@@ -87,7 +87,7 @@ func TestPerSecond(t *testing.T) {
 func TestLinesInShell(t *testing.T) {
 	for _, name := range []string{"/dev/video0", "a b", "it's", "'", "$(echo x)", "`echo x`", `\`, "a;b", "a\nb", "~", "*", "&", "#", "-x", `"`, ""} {
 		c := cameraInfo{Path: name}
-		out, err := exec.Command(needs(t, "sh"), "-c", `ffmpeg() { printf '%s\0' "$@"; }; `+c.line()).Output()
+		out, err := exec.Command(needs(t, "sh"), "-c", `ffmpeg() { printf '%s\0' "$@"; }; `+shellLine(c.args()...)).Output()
 		args := strings.Split(string(out), "\x00")
 		want := []string{"-f", "v4l2", "-framerate", "25", "-video_size", "640x480", "-i", name}
 		if err != nil || len(args) < len(want) || !slices.Equal(args[:len(want)], want) {
@@ -104,8 +104,8 @@ func TestLinesInREADME(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		strings.TrimSpace(videoOutput) + postURL(8888, "video0"),
-		strings.TrimSpace(audioOutput) + postURL(8888, "audio0"),
+		videoOutput + " " + postURL("localhost", 8888, "video0"),
+		audioOutput + " " + postURL("localhost", 8888, "audio0"),
 	} {
 		if !strings.Contains(string(b), want) {
 			t.Errorf("README.md: got no %q", want)

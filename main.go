@@ -28,6 +28,7 @@ const usage = `vw sends video over websockets, for remote laboratories.
 	vw stream     run: take feeds on /ts, rules on /api, send to relays
 	vw check URL  from here to that relay: what works, and what is wrong
 	vw devices    list cameras and microphones, each with its ffmpeg line; as JSON with -json
+	vw units DIR  write the services of systemd for vw and those devices; print them without DIR
 	vw version    print the version
 	vw help       print this
 
@@ -49,6 +50,7 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 	case len(args) == 2 && args[0] == "check":
 		return check(ctx, destinationRule{ID: "check", Stream: "check", Destination: args[1]}, stdout, stderr)
 	case len(args) == 1 && args[0] == "devices", slices.Equal(args, []string{"devices", "-json"}):
+	case (len(args) == 1 || len(args) == 2) && args[0] == "units":
 	case len(args) == 1 && args[0] == "version":
 		fmt.Fprintln(stdout, "vw", version())
 		return 0
@@ -56,7 +58,7 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 		fmt.Fprint(stdout, usage, settingsHelp())
 		return 0
 	default:
-		fmt.Fprintf(stderr, "vw: %q: the command must be stream, check URL, devices (or devices -json), version or help\n", strings.Join(args, " "))
+		fmt.Fprintf(stderr, "vw: %q: the command must be stream, check URL, devices (or devices -json), units (or units DIR), version or help\n", strings.Join(args, " "))
 		return 2
 	}
 	set, warnings, err := readSettings(env)
@@ -64,8 +66,11 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 		fmt.Fprintln(stderr, "vw:", err)
 		return 2
 	}
-	if args[0] == "devices" {
+	switch args[0] {
+	case "devices":
 		return printDevices(len(args) == 2, set.port, stdout, stderr)
+	case "units":
+		return printUnits(strings.Join(args[1:], ""), set.port, stdout, stderr)
 	}
 	return runStream(ctx, set, warnings, env, stderr)
 }

@@ -5,9 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -168,52 +166,5 @@ func TestWatchdogBites(t *testing.T) {
 			cancel()
 			tasks.Wait()
 		})
-	}
-}
-
-// documentedUnits returns the unit files of docs/odroid.md by their names, in order.
-func documentedUnits(t *testing.T) (names []string, units map[string]string) {
-	t.Helper()
-	b, err := os.ReadFile("docs/odroid.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	units = make(map[string]string)
-	for _, m := range regexp.MustCompile("(?s)`/etc/systemd/system/([a-z0-9-]+\\.service)`.*?\n\n((?:    [^\n]*\n|\n)+)").FindAllStringSubmatch(string(b), -1) {
-		names = append(names, m[1])
-		units[m[1]] = regexp.MustCompile(`(?m)^    `).ReplaceAllString(m[2], "")
-	}
-	return names, units
-}
-
-// TestUnits: systemd has nothing to say against the units in docs/odroid.md, and
-// finds them closed enough.
-func TestUnits(t *testing.T) {
-	analyze := needs(t, "systemd-analyze")
-	dir := t.TempDir()
-	names, units := documentedUnits(t)
-	if want := "vw.service vw-video0.service"; strings.Join(names, " ") != want {
-		t.Fatalf("got the units %q, want %s", names, want)
-	}
-	for _, name := range names {
-		text := strings.ReplaceAll(units[name], "/usr/local/bin/vw ", build(t, "linux/amd64")+" ")
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, name := range names {
-		path := filepath.Join(dir, name)
-		out, _ := exec.Command(analyze, "verify", "--man=no", "--recursive-errors=no", path).CombinedOutput()
-		for line := range strings.Lines(string(out)) {
-			if strings.Contains(line, name) || strings.Contains(line, "vw") {
-				t.Errorf("verify: %s", line)
-			}
-		}
-		out, err := exec.Command(analyze, "security", "--offline=true", "--no-pager", "--threshold=20", path).CombinedOutput()
-		lines := strings.Split(strings.TrimSpace(string(out)), "\n")
-		t.Logf("%s: %s", name, lines[len(lines)-1])
-		if err != nil {
-			t.Errorf("security: got %v, want an exposure of at most 2.0\n%s", err, out)
-		}
 	}
 }
