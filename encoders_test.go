@@ -74,7 +74,7 @@ func (c pictures) ts(header int) (parts [][]byte) {
 	for _, u := range c.all {
 		m.Reset()
 		if u.key || len(parts) == 0 {
-			m.program(1, testPMT, c.info, testVideo, c.kind)
+			m.program(testVideo, track{testVideo, byte(c.kind), c.info})
 		}
 		m.elementary(testVideo, u, header)
 		parts = append(parts, bytes.Clone(m.Bytes()))
@@ -82,13 +82,7 @@ func (c pictures) ts(header int) (parts [][]byte) {
 	return parts
 }
 
-// program writes a PAT with one program and its PMT, whose one track has
-// descriptors.
-func (t *tsMaker) program(number, pmt int, info []byte, pid, kind int) {
-	t.section(patPID, 0, 0, 0, 0, 1, 0xc1, 0, 0, 0, byte(number), 0xe0|byte(pmt>>8), byte(pmt))
-	t.section(uint16(pmt), t.mapOf(number, info, pid, kind)...)
-}
-
+// mapOf is the section of a PMT with one track.
 func (t *tsMaker) mapOf(number int, info []byte, pid, kind int) []byte {
 	b := []byte{2, 0, 0, 0, byte(number), 0xc1, 0, 0, 0xe0 | byte(pid>>8), byte(pid), 0xf0, 0, byte(kind), 0xe0 | byte(pid>>8), byte(pid), 0xf0, byte(len(info))}
 	return append(b, info...)

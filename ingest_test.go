@@ -3,11 +3,14 @@ package main
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"slices"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
+	"time"
 )
 
 // writes is a reader of which each Read gives what one write gave.
@@ -359,5 +362,138 @@ func TestFramerPSI(t *testing.T) {
 	f.read(bytes.NewReader(m.Bytes()[:m.Len()-2*packetSize])) // without the second frame
 	if len(all) != 1 || !bytes.Equal(all[0].info.psi, first) {
 		t.Fatalf("got %d messages, the first with PSI % x, want % x", len(all), all[0].info.psi[:8], first[:8])
+	}
+}
+
+// TestFramerPrograms: the program that is there is the one in force, and what
+// is posted of the others is not held back.
+func TestFramerPrograms(t *testing.T) {
+	const step = 40 * time.Millisecond
+	type maker = *tsMaker
+	tables := func(programs ...int) func(m maker) { // number, PID of the map, PID and type of the track
+		return func(m maker) {
+			pat := []byte{0, 0, 0, 0, 1, 0xc1, 0, 0}
+			for p := range slices.Chunk(programs, 4) {
+				pat = append(pat, 0, byte(p[0]), 0xe0|byte(p[1]>>8), byte(p[1]))
+			}
+			m.section(patPID, pat...)
+			for p := range slices.Chunk(programs, 4) {
+				if p[3] != 0 {
+					m.section(uint16(p[1]), m.mapOf(p[0], nil, p[2], p[3])...)
+				}
+			}
+		}
+	}
+	video := func(pid uint16) func(m maker, i int) {
+		return func(m maker, i int) {
+			m.frame(pes{pid: pid, id: 0xe0, key: i%25 == 0, pts: ticks(i) * 3600, size: 2000})
+		}
+	}
+	sound := func(pid uint16) func(m maker, i int) {
+		return func(m maker, i int) { m.frame(pes{pid: pid, id: 0xc0, pts: ticks(i) * 3600, size: 300, length: true}) }
+	}
+	data := func(pid uint16) func(m maker, i int) {
+		return func(m maker, i int) { m.section(pid, 0xfc, 0, 0, 0, 0, 0, 0, 0, byte(i)) }
+	}
+	nulls := func(m maker, i int) { m.Write(nullPacket) }
+	during := func(from, to int, make func(m maker, i int)) func(m maker, i int) {
+		return func(m maker, i int) {
+			if from <= i && i < to {
+				make(m, i)
+			}
+		}
+	}
+	both := tables(1, 0x1000, 0x100, typeH264, 2, 0x1001, 0x200, typeH264)
+	for _, tt := range []struct {
+		name   string
+		tables func(m maker)
+		tracks []func(m maker, i int)
+		want   string        // the programs in force, as they change
+		lag    time.Duration // of the bytes that go out, at most
+	}{
+		{"both come", both, []func(maker, int){video(0x100), video(0x200)}, "[1]", 2 * step},
+		{"both come, the second at once", both, []func(maker, int){video(0x200), video(0x100)}, "[2 1]", 2 * step},
+		{"the first is off air", both, []func(maker, int){video(0x200)}, "[2]", 2 * step},
+		{"the first comes a little later", both, []func(maker, int){video(0x200), during(10, 1000, video(0x100))}, "[2 1]", 2 * step},
+		{"the first comes when it is too late", both, []func(maker, int){video(0x200), during(100, 1000, video(0x100))}, "[2]", 2 * step},
+		{"the first falls silent", both, []func(maker, int){during(0, 100, video(0x100)), video(0x200)}, "[1 2]", 2 * step},
+		{"and comes back", both, []func(maker, int){during(0, 50, video(0x100)), during(200, 1000, video(0x100)), video(0x200)}, "[1 2]", 2 * step},
+		{"the first has sound alone", tables(1, 0x1000, 0x100, typeAAC, 2, 0x1001, 0x200, typeH264), []func(maker, int){sound(0x100), video(0x200)}, "[1 2]", 2 * step},
+		{"the first has data", tables(1, 0x1000, 0x100, 0x05, 2, 0x1001, 0x200, typeH264), []func(maker, int){data(0x100), video(0x200)}, "[2]", 2 * step},
+		{"one PID for both maps", tables(1, 0x1000, 0x100, typeH264, 2, 0x1000, 0x200, typeH264), []func(maker, int){video(0x200)}, "[2]", 2 * step},
+		{"the second has no map", tables(1, 0x1000, 0x100, typeH264, 2, 0x1001, 0x200, 0), []func(maker, int){video(0x200)}, "[1]", 2 * step},
+		{"all are off air", both, []func(maker, int){nulls}, "[1]", blindAfter + 4*step},
+		{"data alone", tables(1, 0x1000, 0x100, 0x05), []func(maker, int){data(0x100)}, "[1]", blindAfter + 4*step}, // it begins with the fifth packet,
+		{"the first stops inside a frame", both, []func(maker, int){during(0, 50, video(0x100)), during(50, 51, func(m maker, i int) {
+			m.Write(m.packets(pes{pid: 0x100, id: 0xe0, size: 2000})[:3*packetSize])
+		}), video(0x200)}, "[1 2]", abandonAfter + 2*step},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var out, in int
+				var programs []uint16
+				var arrived []time.Time // of each packet
+				var lag time.Duration
+				starts := 0
+				f := newFramer(func(m *message) {
+					for n := 0; n < m.size; n += packetSize {
+						lag = max(lag, time.Since(arrived[(out+n)/packetSize]))
+					}
+					out += m.size
+					if n := m.info.program.number; len(programs) == 0 || programs[len(programs)-1] != n {
+						programs = append(programs, n)
+					}
+					if m.info.start {
+						starts++
+					}
+				})
+				var m tsMaker
+				for i := range 300 {
+					m.Reset()
+					if i%5 == 0 {
+						tt.tables(&m)
+					}
+					for _, track := range tt.tracks {
+						track(&m, i)
+					}
+					in += m.Len()
+					for range m.Len() / packetSize {
+						arrived = append(arrived, time.Now())
+					}
+					f.read(&writes{[][]byte{bytes.Clone(m.Bytes())}, io.EOF})
+					time.Sleep(step)
+				}
+				if got := fmt.Sprint(programs); got != tt.want || starts == 0 {
+					t.Errorf("got programs %s in %d chunks that a reader can begin with, want %s", got, starts, tt.want)
+				}
+				if lag > tt.lag || in-out > 10*packetSize {
+					t.Errorf("got %d of %d bytes, the last %v late, want %v at most", out, in, lag, tt.lag)
+				}
+			})
+		})
+	}
+}
+
+// TestFramerLimit holds I1: no chunk and no message of it, with all that a stream
+// adds, is over 1 MiB, whatever was read together.
+func TestFramerLimit(t *testing.T) {
+	var m tsMaker
+	m.tables(testVideo, typeH264, testAudio, typeMPEG1Audio)
+	for range 300 {
+		m.frame(pes{pid: testAudio, id: 0xc0, size: 9000, length: true})
+	}
+	for _, size := range []int{maxChunk - 1000, maxChunk + 1000, 3 << 20, 100} {
+		m.frame(pes{pid: testVideo, id: 0xe0, key: true, size: size})
+	}
+	for _, most := range []uint32{1 << 16, 1 << 12, 1} {
+		all, err := frames(splitUp(m.Bytes(), most))
+		if err != nil || !bytes.Equal(joined(all), m.Bytes()) {
+			t.Fatalf("reads of %d bytes: got %v, or not what was written", most, err)
+		}
+		for i, msg := range all {
+			if n := len(msg.wire(masked)); n > messageLimit {
+				t.Errorf("reads of %d bytes: message %d has %d bytes", most, i, n)
+			}
+		}
 	}
 }
