@@ -37,7 +37,7 @@ let stale = true; // stats may be of the past
 
 function listen() {
   stopListening();
-  if (document.hidden) return;
+  if (document.hidden) return disconnected('connecting');
   windows.postMessage({ ask: true });
   after(150, lead); // unless another window answers
 }
@@ -80,7 +80,7 @@ function lead() {
 }
 
 windows.onmessage = ({ data }) => {
-  if (document.hidden) return;
+  if (document.hidden || !data.stats && !$('login').hidden) return;
   if (data.ask) {
     if (source && !stale) windows.postMessage({ from: me, stats });
   } else if (data.left) {
@@ -166,7 +166,10 @@ function rows(list, template, entries, make, update) {
     if (list.children[i] !== row) list.insertBefore(row, list.children[i] ?? null);
     update(row, value, key);
   });
-  for (const row of old.values()) row.remove();
+  for (const row of old.values()) {
+    if (row.contains(document.activeElement)) list.closest('section').querySelector('button, summary')?.focus();
+    row.remove();
+  }
 }
 
 // tone sets the colour of a state.
@@ -302,11 +305,9 @@ function showFeed(row, f, name) {
       tracks.map((t) => t.codec).join(', '),
       f?.frameRate > 0 && `${f.frameRate.toFixed(0)} frames/s`,
       f && f.state !== 'live' && f.since && `since ${clock(f.since)}`,
-      f?.state === 'damaged' && 'packets are missing or broken',
     ),
     more: f && dots(
       p && `from ${p.remote}${p.agent ? `, ${p.agent}` : ''}, since ${clock(p.since)}`,
-      `received ${bytes(f.bytes)}`,
       f.keyframeRate > 0 && `${f.keyframeRate.toFixed(1)} keyframes/s`,
       f.continuityErrors > 0 && `${f.continuityErrors} continuity errors`,
       f.damagedPackets > 0 && `${f.damagedPackets} damaged packets`,
@@ -442,9 +443,9 @@ function deletes(row, what, path) {
   };
 }
 
-// showDevices lists, as long as there are no feeds, how to publish some.
+// showDevices lists, as long as nothing is published, how to do that.
 async function showDevices() {
-  const box = $('devices'), none = !Object.keys(stats.feeds).length;
+  const box = $('devices'), none = !Object.values(stats.feeds).some((f) => f.publisher);
   if (box.hidden !== none) return;
   box.hidden = !none;
   if (!none) return;
@@ -454,7 +455,7 @@ async function showDevices() {
     found = [...cameras, ...microphones];
   } catch {} // not on this system
   found.push({ name: 'Test picture', ffmpeg: `ffmpeg -re -f lavfi -i testsrc2=size=640x480:rate=25 -f mpegts -codec:v mpeg1video -b:v 1000k -bf 0 -g 12 ${address('video0')}` });
-  text(box.querySelector('.lead'), 'No feeds yet. Publish one with ffmpeg on this machine:');
+  text(box.querySelector('.lead'), 'Nothing is published. With ffmpeg, on the machine of vw:');
   rows(box.querySelector('ul'), 'device', found.map((d) => [d.ffmpeg, d]), () => {}, (row, d) => {
     fill(row, { name: d.name, problem: d.problem ?? '', ffmpeg: d.ffmpeg });
   });

@@ -76,8 +76,7 @@ function load(name) {
     script.onerror = () => {
       load[name] = undefined;
       script.remove();
-      const file = { jsmpeg: ['jsmpeg-player.umd.min.js', '@cycjimmy/jsmpeg-player'], mpegts: ['mpegts.js', 'mpegts.js'] }[name];
-      reject(new Error(`The player cannot be loaded from ${new URL(url, http)}. Without internet access: put dist/${file[0]} of the npm package ${file[1]} into a folder, and start vw with VW_PLAYER=FOLDER.`));
+      reject(new Error(`The player cannot be loaded from ${new URL(url, http)}. Without internet access: put the players into a folder, as README.md says, and start vw with VW_PLAYER=FOLDER.`));
     };
     script.onload = () => (window[name === 'jsmpeg' ? 'JSMpeg' : name] ? resolve() : script.onerror());
     if (hash) {
@@ -88,6 +87,8 @@ function load(name) {
     document.head.append(script);
   });
 }
+
+const addPicture = (element) => $('preview').querySelector('.screen').prepend(element);
 
 // receive gives what comes on the websocket to the players.
 function receive(w) {
@@ -132,8 +133,11 @@ class Sieve {
       const section = p[1] & 0x40 && p[3] & 0x10 ? 4 + (p[3] & 0x20 ? 1 + p[4] : 0) : 188;
       const table = section + 1 + p[section]; // after its pointer_field
       out.set(p, n);
-      if (pid === 0 && p[table] === 0) this.map = (p[table + 10] & 0x1f) << 8 | p[table + 11];
-      else if (pid === this.map && p[table] === 2) this.choose(out.subarray(n, n + 188), table);
+      if (pid === 0 && p[table] === 0) {
+        const first = p[table + 8] | p[table + 9] ? table + 10 : table + 14; // program 0 is the network's
+        this.map = (p[first] & 0x1f) << 8 | p[first + 1];
+      }
+      if (pid === this.map && p[table] === 2) this.choose(out.subarray(n, n + 188), table);
       else if (pid && pid !== this.map && !this.pids.includes(pid) && !(pid === this.clock && !(p[3] & 0x10))) continue;
       n += 188;
     }
@@ -154,37 +158,34 @@ class Sieve {
 }
 
 function playJSMpeg(w, video, audio) {
-  const player = { video, audio, write: (chunk) => player.sink?.write(chunk.buffer) };
-  if (video) {
-    player.element = document.createElement('canvas');
-    player.element.width = player.element.height = 0; // until there is a picture
-    $('preview').querySelector('.screen').prepend(player.element);
-  }
-  class Source {
-    constructor() { this.streaming = true; this.established = true; this.completed = false; this.progress = 0; }
-    connect(sink) { player.sink = sink; }
-    start() {}
-    resume() {}
-    destroy() {}
-  }
-  const jsmpeg = new JSMpeg.Player(w.name, {
-    canvas: player.element ?? document.createElement('canvas'), source: Source, video: !!video, audio: !!audio,
-    pauseWhenHidden: false, videoBufferSize: 2 << 20,
+  const canvas = document.createElement('canvas');
+  let source, sink;
+  canvas.width = canvas.height = 0; // until there is a picture
+  if (video) addPicture(canvas);
+  const player = new JSMpeg.Player(w.name, {
+    source: function () { source = Object.assign(this, { streaming: true, connect: (to) => { sink = to; }, start() {}, resume() {}, destroy() {} }); },
+    canvas, video: !!video, audio: !!audio, pauseWhenHidden: false, videoBufferSize: 2 << 20,
     onVideoDecode: () => { w.pictures++; },
     onAudioDecode: () => { w.sounds++; },
   });
   // Browsers give sound at a tap only, iOS in its own way.
-  jsmpeg.audioOut?.context.resume();
-  jsmpeg.audioOut?.unlock();
-  w.stops.push(() => jsmpeg.destroy());
-  return player;
+  player.audioOut?.context.resume();
+  player.audioOut?.unlock();
+  w.stops.push(() => player.destroy());
+  return {
+    video, audio,
+    write: (chunk) => {
+      sink.write(chunk.buffer);
+      source.established = !!video || player.audio.canPlay; // JSMpeg takes the time of what it has
+    },
+  };
 }
 
 function playMPEGTS(w, video, audio) {
   const element = document.createElement('video');
   element.muted = !w.sound;
   element.playsInline = true;
-  if (video) $('preview').querySelector('.screen').prepend(element);
+  if (video) addPicture(element);
   let loader, got = 0;
   class Loader extends mpegts.BaseLoader {
     open() { loader = this; this._status = mpegts.LoaderStatus.kBuffering; }
@@ -201,7 +202,10 @@ function playMPEGTS(w, video, audio) {
   player.on(mpegts.Events.ERROR, () => retry(w, 1000));
   player.attachMediaElement(element);
   player.load();
-  player.play()?.catch(() => { element.muted = true; element.play().catch(() => {}); }); // sound is given at a tap only
+  player.play()?.catch(() => { // sound is given at a tap only
+    w.sound = !(element.muted = true);
+    element.play().catch(() => {});
+  });
   w.element = element;
   w.stops.push(() => player.destroy());
   return {
