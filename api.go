@@ -26,6 +26,7 @@ const (
 	maxBody     = 64 << 10 // bytes of a rule
 	maxHeaders  = 8 << 10  // bytes of a request's header
 	bodyTimeout = 10 * time.Second
+	maxCheck    = time.Minute
 )
 
 // server answers HTTP. Its handlers end when ctx does; tasks counts them, since
@@ -39,6 +40,7 @@ type server struct {
 	routes   *http.ServeMux
 	log      *slog.Logger
 	tasks    sync.WaitGroup
+	checking sync.Mutex // by the one that checks a destination
 }
 
 func newServer(ctx context.Context, r *rules, token string, log *slog.Logger) *server {
@@ -70,6 +72,7 @@ func (s *server) table() *http.ServeMux {
 	for _, method := range []string{"POST", "PUT"} {
 		m.Handle(method+" /api/mute", byBody(func(rule []byte) (any, error) { return s.commands.setMute(rule, handHere) }))
 	}
+	m.Handle("POST /api/check/{name...}", byName(s.checkDestination))
 	m.Handle("GET /api/devices", handler(getDevices))
 	m.Handle("GET /api/stats", handler(func(*http.Request) (any, error) { return s.commands.stats(), nil }))
 	m.HandleFunc("GET /api/events", s.getEvents)
@@ -284,6 +287,28 @@ func (s *server) getEvents(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
+}
+
+// checkDestination does what vw check does with the rule of a destination, and
+// returns what that prints, which has no secrets. It takes up to a minute.
+func (s *server) checkDestination(id string) (any, error) {
+	id, err := cleanName("id", id)
+	if err != nil {
+		return nil, err
+	}
+	rule, err := s.commands.rules.destination(id)
+	if err != nil {
+		return nil, err
+	}
+	if !s.checking.TryLock() {
+		return nil, httpError{http.StatusServiceUnavailable, "another destination is being checked: try again in some seconds"}
+	}
+	defer s.checking.Unlock()
+	ctx, cancel := context.WithTimeout(s.ctx, maxCheck)
+	defer cancel()
+	var printed strings.Builder
+	check(ctx, rule, &printed, &printed)
+	return strings.TrimSpace(printed.String()), nil
 }
 
 // commands are what can be asked of vw, over HTTP and the control link. Safe

@@ -182,3 +182,35 @@ func TestCheckEnvironment(t *testing.T) {
 		})
 	}
 }
+
+// TestCheckDestination: the API checks a destination as vw check does, one at a
+// time, and shows no secret of it.
+func TestCheckDestination(t *testing.T) {
+	s := newTestServer(t, "")
+	l := listenLoopback(t)
+	addr := l.Addr().String()
+	ask(s, fmt.Sprintf(`POST /api/destinations {"id":"a/silent","stream":"video0","destination":"ws://u:hidden@%s/in/x?code=hidden","token":"hidden1"}`, addr))
+	ask(s, `POST /api/destinations {"id":"refused","stream":"video0","destination":"ws://u:hidden@127.0.0.1:1/in/x"}`)
+	for _, tt := range []struct{ name, request, want string }{
+		{"no such destination", "POST /api/check/x", `404 {"error":"destination \"x\": `},
+		{"no id", "POST /api/check/", `400 {"error":"id`},
+		{"another method", "GET /api/check/refused", "405 "},
+		{"a refused connection", "POST /api/check/refused", `200 "name `},
+	} {
+		if got := ask(s, tt.request); !strings.HasPrefix(got, tt.want) || strings.Contains(got, "hidden") {
+			t.Errorf("%s: got %s, want %s", tt.name, got, tt.want)
+		}
+	}
+	if got := ask(s, "POST /api/check/refused"); !strings.Contains(got, "FAILED") || !strings.Contains(got, "127.0.0.1:1") {
+		t.Errorf("got %s, want the step that failed and the advice", got)
+	}
+	s.checking.Lock() // as another check does
+	if got := ask(s, "POST /api/check/refused"); !strings.HasPrefix(got, "503 ") {
+		t.Errorf("beside another check: got %s, want 503", got)
+	}
+	s.checking.Unlock()
+	first := ask(s, "POST /api/check/a/silent")
+	if !strings.HasPrefix(first, `200 "`) || !strings.Contains(first, "FAILED") || strings.Contains(first, "hidden") {
+		t.Errorf("a silent relay: got %s, want the step that failed, without secrets", first)
+	}
+}

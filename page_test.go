@@ -575,6 +575,8 @@ func TestPage(t *testing.T) {
 	died := time.Now()
 	b.until(t, "true", part(destination, "state")+".textContent !== 'open' && "+destination+".textContent.includes('refused')")
 	t.Logf("the relay's death showed after %.1f s: %s", time.Since(died).Seconds(), b.js(t, part(destination, "reason")+".textContent"))
+	b.tap(t, part(destination, "check"))
+	b.until(t, "true", part(destination, "found")+".textContent.includes('FAILED')")
 	b.look(t, "dead")
 
 	// It is changed, with what is secret kept.
@@ -802,6 +804,7 @@ func TestPageDestinations(t *testing.T) {
 			part(x, "reason") + ".textContent":                                tt.reason,
 			part(x, "raw") + ".textContent":                                   tt.raw,
 			"colour(" + part(x, "state") + ", '" + tt.colour + "')":           "true",
+			part(x, "check") + ".hidden":                                      fmt.Sprint(!strings.Contains(tt.destination, "waiting")),
 			part(x, "delete") + ".hidden && " + part(x, "change") + ".hidden": fmt.Sprint(id == "apiRule"),
 		} {
 			if got := b.js(t, what); got != want {

@@ -7,11 +7,12 @@
 const $ = (id) => document.getElementById(id);
 const http = location.origin + location.pathname.replace(/[^/]*$/, ''); // ends in a slash
 
-// call asks the API and returns the answer. A refusal is an Error with its text.
-async function call(method, path, body) {
+// call asks the API and returns the answer, for which it waits 10 s or as many
+// milliseconds as patient says. A refusal is an Error with its text.
+async function call(method, path, body, patient) {
   let r, answer;
   try {
-    r = await fetch(path, { method, body: body && JSON.stringify(body), cache: 'no-store', signal: AbortSignal.timeout(10000) });
+    r = await fetch(path, { method, body: body && JSON.stringify(body), cache: 'no-store', signal: AbortSignal.timeout(patient ?? 10000) });
     answer = await r.json();
   } catch {
     throw new Error(r ? `vw answered ${r.status} ${r.statusText}` : 'vw does not answer');
@@ -304,7 +305,7 @@ function showFeed(row, f, name) {
     tracks: dots(
       tracks.map((t) => t.codec).join(', '),
       f?.frameRate > 0 && `${f.frameRate.toFixed(0)} frames/s`,
-      f && f.state !== 'live' && f.since && `since ${clock(f.since)}`,
+      state !== 'live' && f?.since && `since ${clock(f.since)}`,
     ),
     more: f && dots(
       p && `from ${p.remote}${p.agent ? `, ${p.agent}` : ''}, since ${clock(p.since)}`,
@@ -372,6 +373,10 @@ function makeDestination(row, id) {
   label(row, 'change', `destination ${id}`).onclick = () => attempt(row, part(row, 'change'), async () => {
     editDestination(await call('GET', 'api/destinations/' + id), id);
   });
+  label(row, 'check', `destination ${id}`).onclick = () => attempt(row, part(row, 'check'), async () => {
+    text(part(row, 'found'), 'Checking, up to a minute.');
+    text(part(row, 'found'), await call('POST', 'api/check/' + id, undefined, 90000));
+  });
   deletes(row, `destination ${id}`, 'api/destinations/' + id);
 }
 
@@ -390,6 +395,7 @@ function showDestination(row, d, id) {
   const dropped = Object.values(d.dropped ?? {}).reduce((a, b) => a + b, 0);
   tone(row, why ? 'idle' : d.state);
   part(row, 'change').hidden = part(row, 'delete').hidden = id === 'apiRule';
+  if (part(row, 'check').hidden = open || id === 'apiRule') text(part(row, 'found'), '');
   const muted = mutedKinds().find((kind) => tracksOf(d.stream).some((t) => t.kind === kind));
   fill(row, {
     name: id, state: why || d.state + (open && muted ? `, ${kinds[muted].toLowerCase()} muted` : ''), rate: open ? destinationRate(id, d.bytes) : '',
@@ -401,7 +407,7 @@ function showDestination(row, d, id) {
     ),
     more: dots(
       `${d.state} since ${clock(d.since)}`,
-      `sent ${bytes(d.bytes)}`,
+      `sent ${amount(d.bytes, 'B')}`,
       dropped > 0 && `dropped ${dropped} messages`,
       open && d.queueAge > 0.05 && `${ms(d.queueAge)} behind`,
       open && d.roundTrip > 0 && `round trip ${ms(d.roundTrip)}`,
@@ -455,7 +461,7 @@ async function showDevices() {
     found = [...cameras, ...microphones];
   } catch {} // not on this system
   found.push({ name: 'Test picture', ffmpeg: `ffmpeg -re -f lavfi -i testsrc2=size=640x480:rate=25 -f mpegts -codec:v mpeg1video -b:v 1000k -bf 0 -g 12 ${address('video0')}` });
-  text(box.querySelector('.lead'), 'Nothing is published. With ffmpeg, on the machine of vw:');
+  text(box.querySelector('p'), 'Nothing is published. With ffmpeg, on the machine of vw:');
   rows(box.querySelector('ul'), 'device', found.map((d) => [d.ffmpeg, d]), () => {}, (row, d) => {
     fill(row, { name: d.name, problem: d.problem ?? '', ffmpeg: d.ffmpeg });
   });
@@ -577,19 +583,13 @@ $('newDestination').onclick = () => editDestination({});
 
 // ---- Units
 
-function rate(bits) {
-  if (!bits) return '';
-  return bits >= 1e6 ? `${(bits / 1e6).toFixed(2)} Mbit/s` : `${Math.round(bits / 1e3)} kbit/s`;
+function amount(n, unit) {
+  let i = 0;
+  for (; n >= 999.5; i++) n /= 1000;
+  return `${n.toFixed(!i || n >= 100 ? 0 : n < 10 ? 2 : 1)} ${['', 'k', 'M', 'G', 'T', 'P'][i]}${unit}`;
 }
 
-function bytes(n) {
-  for (const unit of ['B', 'kB', 'MB', 'GB']) {
-    if (n < 1000) return `${unit === 'B' ? n : n.toPrecision(3)} ${unit}`;
-    n /= 1000;
-  }
-  return `${n.toFixed(2)} TB`;
-}
-
+const rate = (bits) => (bits ? amount(bits, 'bit/s') : '');
 const ms = (seconds) => `${(seconds * 1000).toFixed(1)} ms`;
 
 // clock is a time of vw's clock, as the wall beside the viewer has it.

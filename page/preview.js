@@ -15,7 +15,6 @@ const playable = {
   aac: { by: 'mpegts', types: [0x0f], mime: 'audio/mp4; codecs="mp4a.40.2"' },
   aac_latm: { by: 'mpegts', types: [0x11], mime: 'audio/mp4; codecs="mp4a.40.2"' },
   mp3: { by: 'mpegts', types: [3, 4], mime: 'audio/mpeg' },
-  ac3: { by: 'mpegts', types: [0x81], mime: 'audio/mp4; codecs="ac-3"' },
   opus: { by: 'mpegts', types: [6], mime: 'audio/mp4; codecs="opus"' },
 };
 
@@ -193,8 +192,7 @@ function playMPEGTS(w, video, audio) {
   }
   mpegts.LoggingControl.enableAll = false;
   const player = mpegts.createPlayer({ type: 'mpegts', isLive: true, url: w.name }, {
-    customLoader: Loader, deferLoadAfterSourceOpen: false, lazyLoad: false, autoCleanupSourceBuffer: true,
-    autoCleanupMaxBackwardDuration: 30, autoCleanupMinBackwardDuration: 10,
+    customLoader: Loader, deferLoadAfterSourceOpen: false, autoCleanupMaxBackwardDuration: 30, autoCleanupMinBackwardDuration: 10,
     // Near live: a little faster when it is late, and a jump when it is too late.
     liveSync: true, liveSyncMaxLatency: 0.6, liveSyncTargetLatency: 0.35, liveSyncPlaybackRate: 1.1,
     liveBufferLatencyChasing: true, liveBufferLatencyMaxLatency: 1.2, liveBufferLatencyMinRemain: 0.3,
