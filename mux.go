@@ -492,7 +492,7 @@ func (f *feed) state(now time.Time) (string, time.Time) {
 		return "scrambled", f.pub.since
 	case g.video && h.pictures.isSilent(now, f.pub.since):
 		return "no video", began(h.pictures.last)
-	case g.video && now.Sub(began(g.keyframe)) > keylessFor:
+	case g.video && h.pictures.last.Sub(began(g.keyframe)) > keylessFor:
 		return "no keyframe", began(g.keyframe)
 	case h.lacksSets:
 		return "no parameter sets", began(g.setless)

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -122,6 +123,97 @@ func TestFeedStats(t *testing.T) {
 			t.Errorf("got %v, want no feeds", feeds)
 		}
 	})
+}
+
+// TestFeedStates: what is wrong with a feed is said in words, and "live" only
+// while its frames come.
+func TestFeedStates(t *testing.T) {
+	avcKey, avcPlain := avcAUD+avcSPS+avcPPS+avcIDR+strings.Repeat("\x55", 1000), avcAUD+avcIDR
+	type step struct {
+		seconds int
+		every   time.Duration
+		post    func(m *tsMaker, i int)
+		want    string
+	}
+	tables := func(m *tsMaker) { m.tables(testVideo, typeH264, testAudio, typeMPEG1Audio) }
+	picture := func(es string) func(m *tsMaker, i int) {
+		return func(m *tsMaker, i int) {
+			tables(m)
+			m.elementary(testVideo, unitOfClip{pts: ticks(i) * 3600, dts: ticks(i) * 3600, es: []byte(es)}, 0)
+		}
+	}
+	sound := func(m *tsMaker, i int) {
+		tables(m)
+		m.frame(pes{pid: testAudio, id: 0xc0, size: 300, length: true})
+	}
+	empty := func(m *tsMaker, i int) {
+		tables(m)
+		m.Write(nullPacket)
+	}
+	nulls := func(m *tsMaker, i int) { m.Write(nullPacket) }
+	scrambled := func(m *tsMaker, i int) {
+		at := m.Len()
+		picture(avcKey)(m, i)
+		for p := range slices.Chunk(m.Bytes()[at:], packetSize) {
+			if packet(p).pid() == testVideo {
+				p[3] |= 0x80
+			}
+		}
+	}
+	const fast = 40 * time.Millisecond
+	for _, tt := range []struct {
+		name  string
+		steps []step
+	}{
+		{"as it should be", []step{{12, fast, picture(avcKey), "live"}}},
+		{"program 1 leaves the air and is back", []step{{3, fast, picture(avcKey), "live"}, {3, fast, empty, "program 1 is off air"}, {3, fast, picture(avcKey), "live"}}},
+		{"off air from the start", []step{{4, fast, empty, "program 1 is off air"}}},
+		{"nothing but null packets", []step{{4, fast, nulls, "no program map"}}},
+		{"only sound comes", []step{{4, fast, sound, "no video"}, {2, fast, picture(avcKey), "live"}}},
+		{"no keyframe", []step{{12, fast, picture(avcAUD + avcP), "no keyframe"}}},
+		{"parameter sets once", []step{{1, fast, picture(avcKey), "live"}, {2, fast, picture(avcPlain), "no parameter sets"}, {1, fast, picture(avcKey), "live"}}},
+		{"parameter sets never", []step{{2, fast, picture(avcPlain), "no parameter sets"}}},
+		{"scrambled", []step{{2, fast, scrambled, "scrambled"}}},
+		{"a picture every 5 s", []step{{4, 5 * time.Second, picture(avcKey), "live"}, {50, 5 * time.Second, picture(avcKey), "live"}, {7, time.Hour, nil, "live"}, {3, time.Hour, nil, "silent"}}},
+		{"every 5 s, with tables between", []step{{100, 100 * time.Millisecond, func(m *tsMaker, i int) {
+			if empty(m, i); i%50 == 0 {
+				picture(avcKey)(m, i)
+			}
+		}, "live"}, {14, 100 * time.Millisecond, empty, "program 1 is off air"}}},
+		{"a stall of a fast feed", []step{{5, fast, picture(avcKey), "live"}, {3, time.Hour, nil, "silent"}, {5, fast, picture(avcKey), "live"}, {3, time.Hour, nil, "silent"}}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				x := newMux()
+				body, in := net.Pipe()
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					x.publish("video0", &publisher{interrupt: func() {}}, body)
+				}()
+				x.join("video0", newSubscriber(raw, time.Second, nil))
+				var m tsMaker
+				n := 0
+				for i, s := range tt.steps {
+					for end := time.Now().Add(time.Duration(s.seconds) * time.Second); time.Now().Before(end); n++ {
+						if s.post != nil {
+							m.Reset()
+							s.post(&m, n)
+							in.Write(m.Bytes())
+						}
+						time.Sleep(min(s.every, time.Until(end)))
+					}
+					synctest.Wait()
+					feeds, _ := x.stats(time.Now())
+					if got := feeds["video0"].State; got != s.want {
+						t.Errorf("after step %d: got %q, want %q", i, got, s.want)
+					}
+				}
+				in.Close()
+				<-done
+			})
+		})
+	}
 }
 
 // TestMuted: what a stream's rule had and has no more is told as muted.
