@@ -101,8 +101,8 @@ func (c *checkup) measure(l *link, s *subscriber, ended <-chan error) error {
 		m.release()
 	}
 	counts, _ := s.count()
-	sent := int(counts.bytes)               // handed to the kernel, all of it before the next ping
-	acked := sent - min(sent, l.inKernel()) // or all that is known
+	sent := int(counts.bytes)                   // handed to the kernel, all of it before the next ping
+	acked := sent - min(sent, l.wire.unacked()) // or all that is known
 	took := time.Since(start)
 	mbit := func(n int) float64 { return float64(n) * 8 / took.Seconds() / 1e6 }
 	rtt, err := l.measureRoundTrip(ended)

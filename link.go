@@ -61,7 +61,14 @@ type link struct {
 	control chan []byte // frames that go between two messages
 	wake    func()      // makes the send loop look at them
 
-	read int // bytes since the last sleep. Owned by the goroutine that reads
+	wire    wire          // below Conn
+	written atomic.Uint64 // bytes of unfinished messages that the kernel took: progress where the wire tells of none
+
+	// owned by the goroutine that reads
+	read   int       // bytes since the last sleep
+	alive  time.Time // the last sign of life
+	looked time.Time // when progress was last looked at
+	moved  uint64    // what progress was then
 
 	ping      atomic.Pointer[sentPing] // that waits for its pong; nil: none
 	roundTrip atomic.Int64             // nanoseconds that the last one took; 0: not known
@@ -72,7 +79,9 @@ type link struct {
 	buf     []byte    // one TLS record
 	armed   time.Time // when the write deadline was set; zero: it must be set again
 	stalled time.Time // since when no write made progress; zero: the last did
-	torn    bool      // a control frame is begun and not whole
+	stuckAt uint64    // progress when it stalled
+	pace    pace
+	torn    bool // a control frame is begun and not whole
 }
 
 // sentPing is a ping on its way.
@@ -84,7 +93,8 @@ type sentPing struct {
 // newLink returns a link over conn on which in has read so far; a nil in is for
 // a connection that takes packets alone and is not read.
 func newLink(conn net.Conn, in *inbox, log *slog.Logger) *link {
-	l := &link{Conn: conn, in: in, out: raw, tcp: tcpBelow(conn), log: log, control: make(chan []byte, 16)}
+	tcp := tcpBelow(conn)
+	l := &link{Conn: conn, in: in, out: raw, tcp: tcp, wire: newWire(tcp), log: log, alive: time.Now(), control: make(chan []byte, 16)}
 	if in == nil {
 		return l
 	}
@@ -139,20 +149,50 @@ func (l *link) deliver(ctx context.Context, x *mux, name string, s *subscriber, 
 	return s.end(), err
 }
 
-// Read reads for the inbox.
+// Read reads for the inbox. It fails when the other side has shown no sign of life
+// for too long: nothing was read, and nothing it was sent acknowledged.
 func (l *link) Read(p []byte) (int, error) {
-	if l.silence > 0 {
-		l.SetReadDeadline(time.Now().Add(l.silence))
+	for {
+		if l.silence > 0 {
+			l.lookAlive()
+			l.SetReadDeadline(l.looked.Add(lookEvery))
+		}
+		n, err := l.Conn.Read(p)
+		if n > 0 {
+			l.alive = time.Now()
+		}
+		if n == 0 && l.silence > 0 && errors.Is(err, os.ErrDeadlineExceeded) {
+			if time.Since(l.alive) < l.silence {
+				continue
+			}
+			err = fmt.Errorf("nothing read for %v", l.silence)
+		}
+		if l.read += n; l.out == masked && l.read >= maxRead {
+			l.read = 0
+			time.Sleep(time.Millisecond) // a relay that sends this much is not worth a processor
+		}
+		return n, withoutAddresses(err)
 	}
-	n, err := l.Conn.Read(p)
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		err = fmt.Errorf("nothing read for %v", l.silence)
+}
+
+// lookAlive takes progress for a sign of life.
+func (l *link) lookAlive() {
+	now := time.Now()
+	if now.Sub(l.looked) < lookEvery {
+		return
 	}
-	if l.read += n; l.out == masked && l.read >= maxRead {
-		l.read = 0
-		time.Sleep(time.Millisecond) // a relay that sends this much is not worth a processor
+	l.looked = now
+	if moved := l.progress(); moved != l.moved {
+		l.moved, l.alive = moved, now
 	}
-	return n, withoutAddresses(err)
+}
+
+// progress returns a number that changes when the other side takes something.
+func (l *link) progress() uint64 {
+	if info, ok := l.wire.info(); ok {
+		return info.acked
+	}
+	return l.written.Load()
 }
 
 // reply leaves a control frame to the send loop, or drops it when too many
@@ -297,15 +337,6 @@ func (l *link) measureRoundTrip(ended <-chan error) (time.Duration, error) {
 // lastRoundTrip returns how long the last ping and its pong took; 0 if none has.
 func (l *link) lastRoundTrip() time.Duration { return time.Duration(l.roundTrip.Load()) }
 
-// inKernel returns how many bytes the kernel holds that the next machine has not
-// acknowledged; 0 where that is not known.
-func (l *link) inKernel() int {
-	if l.tcp == nil {
-		return 0
-	}
-	return unacked(l.tcp)
-}
-
 // sendControl writes one control frame, between two messages.
 func (l *link) sendControl(ctx context.Context, frame []byte) error {
 	l.SetWriteDeadline(time.Now().Add(maxStall))
@@ -334,7 +365,7 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber, start time.Time) er
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		l.iov = s.take(l.iov[:0], l.batch(), !l.resumes, start)
+		l.iov = s.take(l.iov[:0], l.batch(), !l.resumes, start.Add(l.lateness(s, start)))
 		if len(l.iov) == 0 {
 			if s.drained() {
 				return errTakenOver
@@ -355,9 +386,12 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber, start time.Time) er
 		switch {
 		case err == nil || n > 0:
 			l.stalled = time.Time{}
+			if p.partial {
+				l.written.Add(uint64(n))
+			}
 		case p.stopped:
-		case l.stalled.IsZero():
-			l.stalled = start
+		case l.stalled.IsZero() || l.progress() != l.stuckAt:
+			l.stalled, l.stuckAt = start, l.progress()
 		case time.Since(l.stalled) >= maxStall:
 			return fmt.Errorf("write: no progress for %v", maxStall)
 		}
@@ -375,12 +409,22 @@ func (l *link) patience() time.Duration {
 	return maxStall * 4 / 3 // of which a quarter may be over
 }
 
-// batch returns the most bytes in one write.
-func (l *link) batch() int {
-	if l.resumes {
-		return maxBatch
+// lateness returns how much later than now what s holds would arrive, if it were
+// written now.
+func (l *link) lateness(s *subscriber, now time.Time) time.Duration {
+	l.pace.look(l.wire, now)
+	if l.pace.delay == 0 {
+		return 0
 	}
-	return maxRecord
+	return l.pace.lateness(s.nextSize(), s.maxAge)
+}
+
+// batch returns the most bytes in one write: less where these would take long.
+func (l *link) batch() int {
+	if !l.resumes || l.pace.delay > 0 {
+		return maxRecord
+	}
+	return maxBatch
 }
 
 // write hands l.iov to the connection: one writev, or one write of a record.
@@ -444,7 +488,7 @@ func (l *link) finish(why error, s *subscriber) bool {
 			torn = err != nil
 		}
 	}
-	stuck := status != 1001 && why != errTakenOver && l.tcp != nil && unsent(l.tcp) > 0
+	stuck := status != 1001 && why != errTakenOver && l.wire.unsent() > 0
 	return status != 0 && !torn && !stuck && l.sendClose(status) == nil
 }
 

@@ -3,10 +3,14 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -101,4 +105,152 @@ func TestMuchRead(t *testing.T) {
 			t.Errorf("took %v, want a millisecond for 4 KiB", d)
 		}
 	})
+}
+
+// seen is a frame as a relay got it.
+type seen struct {
+	frame int
+	age   time.Duration
+	key   bool
+}
+
+// camera of a given rate whose keyframes are bigger than its other frames.
+type bornCamera struct {
+	*camera
+	key, other int // bytes of a frame
+	mu         sync.Mutex
+	born       []time.Time // of each frame
+}
+
+// film publishes 25 frames/s until ctx is done.
+func (c *bornCamera) film(ctx context.Context, x *mux, name string) {
+	p := &publisher{interrupt: func() {}}
+	pr, pw := io.Pipe()
+	var publishing sync.WaitGroup
+	defer publishing.Wait()
+	publishing.Go(func() { x.publish(name, p, pr) })
+	defer pw.Close()
+	tick := time.NewTicker(40 * time.Millisecond)
+	defer tick.Stop()
+	for ctx.Err() == nil {
+		c.size = c.other
+		if c.n%c.gop == 0 {
+			c.size = c.key
+		}
+		b := c.next()
+		c.mu.Lock()
+		c.born = append(c.born, time.Now())
+		c.mu.Unlock()
+		pw.Write(b)
+		<-tick.C
+	}
+}
+
+// arrived returns the frames that begin in a message.
+func (c *bornCamera) arrived(b []byte) (all []seen) {
+	now := time.Now()
+	for p := packet(b); len(p) > 0; p = p[packetSize:] {
+		if pts, _ := timestamps(p.payload()); p.unitStart() && p.pid() == c.pid && pts != nil {
+			n := int((readTime(pts) - 126000) / c.step)
+			c.mu.Lock()
+			all = append(all, seen{n, now.Sub(c.born[n]), p.randomAccess()})
+			c.mu.Unlock()
+		}
+	}
+	return all
+}
+
+// narrow makes what is sent to a port of 192.0.2.1 in this namespace go at so many
+// kbit/s, behind a queue of so long.
+func narrow(t *testing.T, port, kbit int, queue time.Duration) {
+	t.Helper()
+	for _, c := range []string{
+		"ip link set lo mtu 1500; tc qdisc del dev lo root; true",
+		"tc qdisc replace dev lo root handle 1: htb default 10",
+		"tc class replace dev lo parent 1: classid 1:10 htb rate 10gbit",
+		"tc class replace dev lo parent 1: classid 1:30 htb rate 10gbit",
+		fmt.Sprintf("tc qdisc replace dev lo parent 1:30 handle 30: tbf rate %dkbit burst 6kb latency %dms", kbit, queue.Milliseconds()),
+		fmt.Sprintf("tc filter replace dev lo parent 1: protocol ip prio 1 u32 match ip dport %d 0xffff flowid 1:30", port),
+	} {
+		if out, err := exec.Command("sh", "-c", c).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v: %s", c, err, out)
+		}
+	}
+}
+
+// TestNarrowLink: over a link that is narrower than its feed, what arrives is
+// fresh, gaps end at keyframes, and the neighbour's relay gets everything.
+func TestNarrowLink(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	for _, tt := range []struct {
+		name       string
+		key, other int
+		queue      time.Duration
+	}{
+		{"4 Mbit/s", 60_000, 16_300, 200 * time.Millisecond},
+		{"4 Mbit/s, deep queue", 60_000, 16_300, time.Second},
+		{"8 Mbit/s", 200_000, 25_000, 200 * time.Millisecond},
+		{"8 Mbit/s, deep queue", 200_000, 25_000, time.Second},
+		{"1 Mbit/s fits", 20_000, 3000, 200 * time.Millisecond},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := &bornCamera{camera: newCamera(), key: tt.key, other: tt.other}
+			var mu sync.Mutex
+			var slow, fast []seen
+			listen := func(got *[]seen) net.Listener {
+				l, err := net.Listen("tcp", "192.0.2.1:0")
+				if err != nil {
+					t.Fatal(err)
+				}
+				serveEach(t, l, func(conn net.Conn) {
+					conn.(*net.TCPConn).SetReadBuffer(64 << 10)
+					serveRelay(conn, func(b []byte) {
+						mu.Lock()
+						defer mu.Unlock()
+						*got = append(*got, c.arrived(b)...)
+					})
+				})
+				return l
+			}
+			a, b := listen(&slow), listen(&fast)
+			narrow(t, a.Addr().(*net.TCPAddr).Port, 2000, tt.queue)
+			var log logBuffer
+			r, ctx, tasks := realRules(t, &log)
+			r.to(t, "slow", "video0", "ws://"+a.Addr().String())
+			r.to(t, "fast", "video0", "ws://"+b.Addr().String())
+			waitFor(t, "connections", func() bool { return strings.Count(log.String(), "msg=connected") == 2 })
+			ctx, cancel := context.WithTimeout(ctx, time.Duration(scaled(10, 10, 60))*time.Second)
+			defer cancel()
+			tasks.Go(func() { c.film(ctx, r.mux, "video0") })
+			<-ctx.Done()
+			time.Sleep(2 * time.Second)
+			mu.Lock()
+			defer mu.Unlock()
+			keyTime := time.Duration(float64(tt.key) * 8 / 2e6 * float64(time.Second))
+			limit := max(time.Second, keyTime+300*time.Millisecond)
+			var ages []time.Duration
+			for i, s := range slow {
+				ages = append(ages, s.age)
+				if s.age > limit {
+					t.Errorf("frame %d (key %t) is %v old, want %v at most", s.frame, s.key, s.age, limit)
+				}
+				if i > 0 && s.frame != slow[i-1].frame+1 && !s.key {
+					t.Errorf("frame %d follows frame %d and is no keyframe", s.frame, slow[i-1].frame)
+				}
+			}
+			if len(fast) < len(c.born) || len(slow) < len(c.born)/10 {
+				t.Errorf("got %d frames on the narrow link and %d beside it, of %d", len(slow), len(fast), len(c.born))
+			}
+			if tt.key < 60_000 && len(slow) != len(c.born) {
+				t.Errorf("got %d frames of %d over a link that is wide enough", len(slow), len(c.born))
+			}
+			slices.Sort(ages)
+			t.Logf("%d of %d frames, age %v in the median, %v at most (limit %v)", len(slow), len(c.born), ages[len(ages)/2], ages[len(ages)-1], limit)
+			if n := strings.Count(log.String(), "no connection"); n > 0 {
+				t.Errorf("got the log\n%s", log.String())
+			}
+		})
+	}
 }

@@ -402,7 +402,7 @@ func TestDeleteStalled(t *testing.T) {
 			d.mu.Lock()
 			defer d.mu.Unlock()
 			n := held()
-			full := n == last && d.link != nil && unsent(d.link.tcp) > 0
+			full := n == last && d.link != nil && d.link.wire.unsent() > 0
 			last = n
 			return full
 		})

@@ -3,10 +3,12 @@
 package main
 
 import (
+	"encoding/binary"
 	"fmt"
-	"net"
 	"os"
+	"runtime"
 	"syscall"
+	"time"
 	"unsafe"
 )
 
@@ -28,24 +30,40 @@ func limitUnsent(_, _ string, c syscall.RawConn) error {
 	})
 }
 
-// unsent is how many bytes the kernel holds that it was not yet able to send.
-func unsent(conn *net.TCPConn) int { return queued(conn, sioOutqNsd) }
+// unsent returns how many bytes the kernel holds that it was not yet able to send.
+func unsent(c syscall.RawConn) int { return queued(c, sioOutqNsd) }
 
-// unacked is how many bytes the kernel holds that have not arrived, as far as
-// it knows: the unsent ones too.
-func unacked(conn *net.TCPConn) int { return queued(conn, sioOutq) }
+// unacked returns how many bytes the kernel holds that the other side has not
+// acknowledged: the unsent ones too.
+func unacked(c syscall.RawConn) int { return queued(c, sioOutq) }
 
-func queued(conn *net.TCPConn, what uintptr) int {
-	c, err := conn.SyscallConn()
-	if err != nil {
-		return 0
-	}
+func queued(c syscall.RawConn, what uintptr) int {
 	var n int32
 	c.Control(func(fd uintptr) {
 		ioctl(int(fd), what, unsafe.Pointer(&n))
 	})
 	return int(n)
 }
+
+// tcpInfo returns what the kernel knows of a connection; ok is false if it does
+// not tell. linux/tcp.h
+func tcpInfo(c syscall.RawConn) (info wireInfo, ok bool) {
+	var b [168]byte
+	size := uint32(len(b))
+	c.Control(func(fd uintptr) {
+		_, _, e := syscall.Syscall6(sysGetsockopt, fd, syscall.IPPROTO_TCP, syscall.TCP_INFO, uintptr(unsafe.Pointer(&b)), uintptr(unsafe.Pointer(&size)), 0)
+		ok = e == 0 && int(size) == len(b) // of Linux 4.9
+	})
+	return wireInfo{
+		acked:  binary.NativeEndian.Uint64(b[120:]),
+		minRTT: time.Duration(binary.NativeEndian.Uint32(b[148:])) * time.Microsecond,
+		rate:   binary.NativeEndian.Uint64(b[160:]),
+	}, ok
+}
+
+// sysGetsockopt is the number of the system call, which package syscall does not
+// have everywhere; 0 is none that knows these arguments.
+var sysGetsockopt = map[string]uintptr{"386": 365, "amd64": 55, "arm": 295, "arm64": 209, "riscv64": 209}[runtime.GOARCH]
 
 // fileID returns device and inode of f as JOURNAL_STREAM has them, or "".
 func fileID(f *os.File) string {

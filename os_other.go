@@ -6,7 +6,6 @@ package main
 
 import (
 	"errors"
-	"net"
 	"os"
 	"syscall"
 )
@@ -14,10 +13,13 @@ import (
 // limitUnsent does nothing where TCP_NOTSENT_LOWAT is not known to work.
 func limitUnsent(_, _ string, _ syscall.RawConn) error { return nil }
 
-// unsent and unacked are not known here.
-func unsent(*net.TCPConn) int { return 0 }
+// unsent, unacked and tcpInfo are not known here.
 
-func unacked(*net.TCPConn) int { return 0 }
+func unsent(syscall.RawConn) int { return 0 }
+
+func unacked(syscall.RawConn) int { return 0 }
+
+func tcpInfo(syscall.RawConn) (info wireInfo, ok bool) { return wireInfo{}, false }
 
 // fileID is not known where there is no journal.
 func fileID(*os.File) string { return "" }

@@ -398,6 +398,17 @@ func (s *subscriber) take(b [][]byte, limit int, cut bool, now time.Time) [][]by
 	return b
 }
 
+// nextSize returns the payload of the first message that is not begun; 0 if there
+// is none.
+func (s *subscriber) nextSize() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if i := s.droppable(); i < len(s.items) {
+		return s.items[i].size
+	}
+	return 0
+}
+
 // wrote ends the write of what take returned, n bytes of which were written.
 func (s *subscriber) wrote(n int) progress {
 	s.mu.Lock()

@@ -1,0 +1,107 @@
+// The wire below a link: what the kernel knows of the bytes that it was given.
+//
+// What it takes is no sign of life, and not on its way yet: what the other side
+// acknowledges is. Where the system does not tell, nothing is known.
+
+package main
+
+import (
+	"net"
+	"syscall"
+	"time"
+)
+
+const (
+	lookEvery = 250 * time.Millisecond // for signs of life
+	paceEvery = 20 * time.Millisecond  // for how fast bytes go
+)
+
+// wire is a TCP connection as the kernel sees it; of the zero value nothing is
+// known. Safe for concurrent use.
+type wire struct{ conn syscall.RawConn }
+
+func newWire(tcp *net.TCPConn) wire {
+	if tcp == nil {
+		return wire{}
+	}
+	conn, err := tcp.SyscallConn()
+	if err != nil {
+		return wire{}
+	}
+	return wire{conn}
+}
+
+// wireInfo is what the kernel knows of a connection.
+type wireInfo struct {
+	acked  uint64        // bytes acknowledged
+	minRTT time.Duration // the least round trip lately: that without a queue on the way
+	rate   uint64        // bytes a second that went while there were enough of them
+}
+
+// info returns what is known; ok is false if that is nothing.
+func (w wire) info() (info wireInfo, ok bool) {
+	if w.conn == nil {
+		return wireInfo{}, false
+	}
+	return tcpInfo(w.conn)
+}
+
+// unsent returns how many bytes the kernel was not yet able to send.
+func (w wire) unsent() int {
+	if w.conn == nil {
+		return 0
+	}
+	return unsent(w.conn)
+}
+
+// unacked returns how many bytes are not acknowledged, the unsent ones included.
+func (w wire) unacked() int {
+	if w.conn == nil {
+		return 0
+	}
+	return unacked(w.conn)
+}
+
+// pace estimates how late what is written now will arrive: after all that the
+// kernel holds already. The zero value is ready for use.
+type pace struct {
+	looked time.Time
+	rate   float64       // bytes a second; 0: not known
+	delay  time.Duration // of a byte that is written now, beyond the shortest way
+}
+
+// look updates the estimate, if the last one is old enough.
+func (c *pace) look(w wire, now time.Time) {
+	if now.Sub(c.looked) < paceEvery {
+		return
+	}
+	c.looked = now
+	info, ok := w.info()
+	if !ok || info.rate == 0 {
+		return
+	}
+	if c.rate == 0 {
+		c.rate = float64(info.rate)
+	}
+	if rate := float64(info.rate); rate < c.rate {
+		c.rate += (rate - c.rate) / 2
+	} else {
+		c.rate += (rate - c.rate) / 8 // a burst that a queue took at once is no rate
+	}
+	c.delay = max(0, c.time(w.unacked())-info.minRTT)
+}
+
+// time returns how long so many bytes take.
+func (c *pace) time(bytes int) time.Duration {
+	if c.rate == 0 {
+		return 0
+	}
+	return time.Duration(float64(bytes) / c.rate * float64(time.Second))
+}
+
+// lateness returns how much older than it is a message of size bytes has to be
+// taken for, if it is written now and may be maxAge old. What arrives is then at
+// most twice that old, or as old as the message takes and 0.6 of maxAge.
+func (c *pace) lateness(size int, maxAge time.Duration) time.Duration {
+	return c.delay + min(max(c.time(size)-maxAge, 0), maxAge*2/5)
+}
