@@ -166,7 +166,7 @@ func (w way) isPortal(status statusError) bool {
 		return false
 	}
 	if u, err := url.Parse(status.location); status.location != "" && err == nil {
-		return u.Hostname() != w.to.Hostname()
+		return u.Hostname() != "" && u.Hostname() != w.to.Hostname()
 	}
 	return w.at.Hostname() != w.to.Hostname() && !isAway(status.status)
 }
@@ -204,7 +204,7 @@ func (w way) adviseOpen(err error, s step) string {
 	case 1002:
 		return fmt.Sprintf("The relay at %s says that vw breaks the rules of websockets: something on the way may alter what is sent.", w.relay)
 	case 1008:
-		return fmt.Sprintf("The relay at %s closes the websocket by its policy: it may not take video here, not from this client, or have it from another one.", w.relay)
+		return fmt.Sprintf("The relay at %s closes the websocket by its policy: it does not take video at this address (an address to watch, such as /out/…, takes none), or not from this client.", w.relay)
 	case 1009:
 		return fmt.Sprintf("The relay at %s does not take messages of this size: it must allow 1 MiB (1048576 bytes), or the camera's keyframes must be smaller.", w.relay)
 	case 1012, 1013:

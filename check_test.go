@@ -1,11 +1,14 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"os/exec"
 	"regexp"
 	"strings"
@@ -61,6 +64,65 @@ func listenFull(t *testing.T) string {
 	return ""
 }
 
+// closing opens a websocket and closes it with a close frame.
+func closing(payload string) func(net.Conn) {
+	return func(conn net.Conn) {
+		accept(conn)
+		conn.Write(frame(0x88, payload))
+		silent(conn)
+	}
+}
+
+// TestCheckToken: vw check shows the token of VW_CHECK_TOKEN, in both dialects, and
+// the headers of VW_CHECK_HEADERS.
+func TestCheckToken(t *testing.T) {
+	t.Parallel()
+	l := listenLoopback(t)
+	addr := l.Addr().String()
+	serveEach(t, l, func(conn net.Conn) {
+		br := bufio.NewReader(conn)
+		r, err := http.ReadRequest(br)
+		if err != nil {
+			return
+		}
+		switch {
+		case r.Header.Get("X-Key") != "k":
+			io.WriteString(conn, "HTTP/1.1 403 Forbidden\r\n\r\n")
+		case r.Method == http.MethodPost && r.URL.Path != "/session/x":
+			io.WriteString(conn, "HTTP/1.1 405 Method Not Allowed\r\nContent-Length: 0\r\n\r\n")
+		case r.Method == http.MethodPost && r.Header.Get("Authorization") != "secret":
+			io.WriteString(conn, "HTTP/1.1 401 Unauthorized\r\nContent-Length: 9\r\n\r\nbad token")
+		case r.Method == http.MethodPost:
+			uri := `{"uri":"ws://` + addr + `/x?code=secret"}`
+			fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(uri), uri)
+		default:
+			upgradeTo(conn, r)
+			if r.URL.RawQuery == "" {
+				_, b, _ := readFrame(br)
+				conn.Write(frame(0x81, fmt.Sprintf(`{"authorised":%t,"reason":"no %s"}`, string(b) == "secret", b)))
+			}
+			for opcode, b, err := readFrame(br); err == nil; opcode, b, err = readFrame(br) {
+				if opcode == opPing {
+					conn.Write(frame(0x8a, string(b)))
+				}
+			}
+		}
+	})
+	const key = `VW_CHECK_HEADERS={"X-Key":"k"}`
+	for _, tt := range []struct{ url, token, headers, step, want string }{
+		{"ws://" + addr + "/in/x", "secret", key, "", "All is well"},
+		{"ws://" + addr + "/in/x", "secret2", key, "authorised", "does not accept the token"},
+		{"ws://" + addr + "/in/x", "secret", "", "authorised", "does not let everybody in"},
+		{"http://" + addr + "/session/x", "secret", key, "", "All is well"},
+		{"http://" + addr + "/session/x", "secret2", key, "authorised", "does not accept the token"},
+		{"http://" + addr + "/in/x", "secret", key, "authorised", "takes no tokens: it may be one for websockets"},
+	} {
+		var out bytes.Buffer
+		status := run(t.Context(), []string{"check", tt.url}, []string{"VW_CHECK_TOKEN=" + tt.token, tt.headers}, &out, &out)
+		checkOutput(t, status, out.String(), tt.step, tt.want)
+	}
+}
+
 // TestCheck: the step that fails, and the sentence, of each wrong state. HOST
 // is the address of what serve serves, with TLS when there is a certificate;
 // CLOSED refuses connections, and FULL drops them.
@@ -88,6 +150,15 @@ func TestCheck(t *testing.T) {
 		{"unknown CA", "wss://HOST/in/x", func(*x509.Certificate) {}, good, "tls", `from an authority that this machine does not know`},
 		{"no TLS", "wss://HOST/in/x", nil, reply("HTTP/1.1 400 Bad Request\r\n\r\n"), "tls", `What answers at HOST does not speak TLS`},
 		{"401", "ws://HOST/in/x", nil, reply("HTTP/1.1 401 Unauthorized\r\n\r\n"), "authorised", `The relay at HOST does not let everybody in`},
+		{"429", "ws://HOST", nil, reply("HTTP/1.1 429 Too Many Requests\r\nRetry-After: 30\r\n\r\n"), "upgrade", `has had too many connections from here`},
+		{"511", "ws://HOST", nil, reply("HTTP/1.1 511 Network Authentication Required\r\n\r\n"), "upgrade", `This network has a captive portal`},
+		{"moved", "ws://HOST/in/x", nil, reply("HTTP/1.1 302 Found\r\nLocation: ws://me:secret@HOST/\r\n\r\n"), "upgrade", `redirects to …: if that is the relay, put it into the URL`},
+		{"portal", "ws://HOST/in/x", nil, reply("HTTP/1.1 302 Found\r\nLocation: ftp://portal.example/?secret\r\n\r\n"), "upgrade", `This network has a captive portal, or the relay has moved: HOST is answered by ftp://portal.example/.`},
+		{"too big", "ws://HOST", nil, closing("\x03\xf1"), "ping", `The relay at HOST does not take messages of this size: it must allow 1 MiB`},
+		{"policy", "ws://HOST", nil, closing("\x03\xf0secret"), "ping", `The relay at HOST closes the websocket by its policy`},
+		{"protocol error", "ws://HOST", nil, closing("\x03\xea"), "ping", `The relay at HOST says that vw breaks the rules of websockets`},
+		{"later", "ws://HOST", nil, closing("\x03\xf5"), "ping", `The relay at HOST is busy or starts again`},
+		{".local", "ws://nowhere-at-all.local/", nil, good, "name", `names in .local are found by multicast DNS`},
 		{"401 with credentials", "ws://any:secret@HOST/in/x", nil, reply("HTTP/1.1 401 Unauthorized\r\n\r\n"), "authorised", `The relay at HOST does not accept the credentials`},
 		{"404", "ws://HOST/in/x?code=secret", nil, reply("HTTP/1.1 404 Not Found\r\n\r\n"), "upgrade", `There is nothing at /in/x on HOST`},
 		{"not a websocket", "ws://HOST?code=secret", nil, reply("HTTP/1.1 200 OK\r\n\r\n"), "upgrade", `What answers at HOST is a web server, but opens no websocket at /.`},

@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
-	"net/http"
 	"net/url"
 	"strconv"
 	"strings"
@@ -408,7 +407,7 @@ func causeOf(err error) string {
 		return "token"
 	}
 	return strings.Map(func(r rune) rune {
-		if unicode.IsDigit(r) {
+		if !unicode.IsLetter(r) {
 			return -1
 		}
 		return r
@@ -430,9 +429,8 @@ func (b *backoff) next(err error, healthy bool, now time.Time) time.Duration {
 	var status statusError
 	errors.As(err, &status)
 	switch {
-	case status.retryAfter > 0 && (isAway(status.status) || status.status == http.StatusTooManyRequests):
-		wait := status.retryAfter
-		return min(wait+rand.N(wait/8+time.Second), maxRetryAfter)
+	case status.retryAfter > 0:
+		return min(status.retryAfter+rand.N(status.retryAfter/8+time.Second), maxRetryAfter)
 	case errors.As(err, new(unreachableError)), isAway(status.status):
 		if b.away.IsZero() {
 			b.away = now

@@ -90,6 +90,103 @@ func TestRelayReturns(t *testing.T) {
 	}
 }
 
+// TestAway: how often a relay that stays away is dialled, and how soon there is
+// video when one is back that was away for a short while.
+func TestAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(t, nil)
+		defer l.close()
+		l.send("video0", "ws://relay")
+		was := int64(0)
+		for _, tt := range []struct {
+			until       time.Duration
+			least, most int64 // dials since the one before
+		}{{30 * time.Second, 100, 250}, {10 * time.Minute, 250, 600}, {time.Hour, 450, 800}} {
+			time.Sleep(tt.until - time.Since(time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)))
+			n := l.dials.Load()
+			if n-was < tt.least || n-was > tt.most {
+				t.Errorf("until %v: got %d dials, want %d to %d", tt.until, n-was, tt.least, tt.most)
+			}
+			was = n
+		}
+		if was > 1500 {
+			t.Errorf("got %d dials in an hour, want 1500 at most", was)
+		}
+		if log := l.log.String(); strings.Count(log, "level=WARN") != 1 {
+			t.Errorf("got the log\n%swant one warning", log)
+		}
+	})
+}
+
+// TestOneLineAnEpisode: causes that take turns, and texts with another time or
+// port in them each time, are told once.
+func TestOneLineAnEpisode(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(t, nil)
+		defer l.close()
+		n := 0
+		l.dialer.dial = func(context.Context, string, string) (net.Conn, error) {
+			n++
+			return nil, fmt.Errorf("%s at %v from port %d", []string{"refused", "no route"}[n%2], time.Now(), 40000+n)
+		}
+		l.send("video0", "ws://relay")
+		time.Sleep(time.Minute)
+		if log := l.log.String(); strings.Count(log, "level=WARN") != 2 || n < 100 {
+			t.Errorf("got %d dials and the log\n%swant each cause once", n, log)
+		}
+	})
+}
+
+// TestSeveralChanges: of several URLs in a row, the one that opens first ends all
+// before it: two relays get video side by side for a hand-over, never longer.
+func TestSeveralChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		last := make(map[string]time.Time) // when each relay got video
+		l := newLab(t, func(_ int64, host string, conn net.Conn) {
+			switch {
+			case strings.HasPrefix(host, "dead"):
+				io.Copy(io.Discard, conn)
+				return
+			case strings.HasPrefix(host, "slow"):
+				time.Sleep(1500 * time.Millisecond)
+			}
+			serveRelay(conn, func([]byte) {
+				mu.Lock()
+				defer mu.Unlock()
+				last[host] = time.Now()
+			})
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		l.tasks.Go(func() { l.film(ctx, "video0", 5000) })
+		defer func() { cancel(); l.close() }()
+		for _, urls := range [][]string{{"ws://dead1", "ws://c"}, {"ws://slow1", "ws://dead2", "ws://d"}, {"ws://e", "ws://slow2"}, {"ws://f", "ws://g", "ws://h"}} {
+			l.send("video0", "ws://a")
+			time.Sleep(5 * time.Second)
+			var changed time.Time
+			for _, u := range urls {
+				l.send("video0", u)
+				time.Sleep(50 * time.Millisecond)
+				changed = time.Now()
+			}
+			time.Sleep(5 * time.Second)
+			mu.Lock()
+			newest := strings.TrimPrefix(urls[len(urls)-1], "ws://") + ":80"
+			for host, at := range last {
+				// e, which opens at once, may go on until slow2 is there.
+				if host != newest && at.After(changed.Add(700*time.Millisecond)) && !(host == "e:80" && at.Before(changed.Add(maxTakeOver+100*time.Millisecond))) {
+					t.Errorf("%v: %s got video until %v after the last change", urls, host, at.Sub(changed))
+				}
+			}
+			if time.Since(last[newest]) > 100*time.Millisecond {
+				t.Errorf("%v: the last one gets no video", urls)
+			}
+			clear(last)
+			mu.Unlock()
+		}
+	})
+}
+
 // TestLiveness: a relay that says nothing is replaced after 6.5 s, one that
 // does not read after 5 to 6 s, one that stalls for 4 s is kept.
 func TestLiveness(t *testing.T) {

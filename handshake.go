@@ -60,6 +60,9 @@ func (e statusError) Error() string {
 	if e.location != "" {
 		s += fmt.Sprintf(" with a redirect to %s (%s)", e.location, e.unfollowed)
 	}
+	if e.retryAfter > 0 {
+		s += fmt.Sprintf(" and asks to wait for %v", e.retryAfter)
+	}
 	if e.text != "" {
 		s += fmt.Sprintf(": %q", e.text)
 	}
@@ -73,9 +76,11 @@ func isAway(status int) bool { return 502 <= status && status <= 504 }
 // newStatusError reads what an answer says in place of a websocket. The body must
 // end, fail or block no longer than its connection's deadline.
 func newStatusError(a *http.Response, body []byte) statusError {
-	return statusError{
-		status: a.StatusCode, line: a.Status, text: refusalText(a.Header, body), retryAfter: retryAfter(a.Header), location: redirection(a),
+	e := statusError{status: a.StatusCode, line: a.Status, text: refusalText(a.Header, body), location: redirection(a)}
+	if isAway(e.status) || e.status == http.StatusTooManyRequests {
+		e.retryAfter = retryAfter(a.Header)
 	}
+	return e
 }
 
 // unreachableError says that there was no connection to what was dialled.
@@ -153,13 +158,16 @@ func certificateHolders(c *x509.Certificate) string {
 // sendRequest sends a request and returns the answer, past interim ones (RFC 9110 15.2);
 // the inbox has what came after its header, which may have 16 KiB.
 func sendRequest(conn net.Conn, r *http.Request) (*http.Response, *inbox, error) {
-	in := newInbox(&limited{conn, maxHandshake}, nil, bare, 512)
+	header := &limited{conn, maxHandshake}
+	in := newInbox(header, nil, bare, 512)
 	if err := r.Write(conn); err != nil {
 		return nil, nil, err
 	}
 	for {
 		a, err := http.ReadResponse(in.r, r)
 		switch {
+		case err != nil && header.n == 0:
+			return nil, nil, errLongAnswer
 		case err == io.ErrUnexpectedEOF:
 			return nil, nil, io.EOF
 		case err != nil:

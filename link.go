@@ -42,6 +42,7 @@ var (
 	errRemoved   = errors.New("rule removed")
 	errChanged   = errors.New("rule changed")
 	errTakenOver = errors.New("taken over by the new URL")
+	errOnlyReads = errors.New("this address sends media and takes none: publish on /in")
 	errShutdown  = errors.New("vw is shutting down") // ends everything that runs
 )
 
@@ -135,7 +136,8 @@ func (l *link) subscribe(maxAge time.Duration) *subscriber {
 }
 
 // deliver sends what the feed or stream called name has, until ctx is done or
-// one of the sides ends. s is the queue of l; it has ended then. quiet is called
+// one of the sides ends. What a relay sends is discarded; a viewer may send no media.
+// s is the queue of l; it has ended then. quiet is called
 // when nothing more will be written; it may be nil. deliver returns why it ended.
 func (l *link) deliver(ctx context.Context, x *mux, name string, s *subscriber, quiet func()) (counters, error) {
 	x.join(name, s)
@@ -143,7 +145,11 @@ func (l *link) deliver(ctx context.Context, x *mux, name string, s *subscriber, 
 	if l.in == nil {
 		err = l.send(ctx, s)
 	} else {
-		err = l.serve(ctx, s, l.discard, quiet)
+		read := l.discard
+		if l.in.from == masked {
+			read = l.refuseMedia
+		}
+		err = l.serve(ctx, s, read, quiet)
 	}
 	x.leave(name, s)
 	return s.end(), err
@@ -250,6 +256,20 @@ func (l *link) serve(ctx context.Context, s *subscriber, read func(context.Conte
 func (l *link) discard(context.Context) error {
 	for {
 		if _, err := l.in.next(); err != nil {
+			return err
+		}
+	}
+}
+
+// refuseMedia reads what a viewer sends, until the connection ends or that is media,
+// which would go nowhere.
+func (l *link) refuseMedia(context.Context) error {
+	for {
+		opcode, err := l.in.next()
+		if err == nil && opcode == opBinary {
+			err = errOnlyReads
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -549,7 +569,7 @@ func closeStatus(why error) uint16 {
 		return 1002 // protocol error
 	case errors.Is(why, errNotTS):
 		return 1003
-	case errors.Is(why, errReplaced):
+	case errors.Is(why, errReplaced), errors.Is(why, errOnlyReads):
 		return 1008
 	}
 	return 0

@@ -48,7 +48,6 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 		return 2
 	case len(args) == 1 && args[0] == "stream":
 	case len(args) == 2 && args[0] == "check":
-		return check(ctx, destinationRule{ID: "check", Stream: "check", Destination: args[1]}, stdout, stderr)
 	case len(args) == 1 && args[0] == "devices", slices.Equal(args, []string{"devices", "-json"}):
 	case (len(args) == 1 || len(args) == 2) && args[0] == "units":
 	case len(args) == 1 && args[0] == "version":
@@ -67,6 +66,8 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 		return 2
 	}
 	switch args[0] {
+	case "check":
+		return check(ctx, set.check(args[1]), stdout, stderr)
 	case "devices":
 		return printDevices(len(args) == 2, set.port, stdout, stderr)
 	case "units":
@@ -265,6 +266,9 @@ type settings struct {
 	maxLag     time.Duration
 	players    players
 	cpuProfile string
+
+	checkToken   string // that vw check shows
+	checkHeaders headers
 }
 
 // control returns the rule of the control link.
@@ -338,6 +342,13 @@ var variables = []variable{
 		s.players, ok = newPlayers(v)
 		return "a folder, a file, or a URL of http or https", ok
 	}},
+	{"VW_CHECK_TOKEN", "", "none", "token that vw check shows to the relay", func(s *settings, v string) (string, bool) {
+		s.checkToken = v
+		return "", true // checked with the URL
+	}},
+	{"VW_CHECK_HEADERS", "", "none", `headers that vw check sends, as in a rule: {"X-Key":"k"}`, func(s *settings, v string) (string, bool) {
+		return `an object such as {"X-Key":"k"}`, s.checkHeaders.UnmarshalJSON([]byte(v)) == nil
+	}},
 	{"VW_CPUPROFILE", "", "none", "file for a CPU profile of 30 s", func(s *settings, v string) (string, bool) {
 		s.cpuProfile = v
 		return "", true
@@ -369,8 +380,14 @@ func readSettings(env []string) (settings, []string, error) {
 			continue
 		}
 		if allowed, ok := variables[i].read(&s, value); !ok {
+			if name == "VW_CHECK_HEADERS" {
+				value = hidden // it may be a secret
+			}
 			return s, nil, fmt.Errorf("%s=%q: it must be %s", name, value, allowed)
 		}
+	}
+	if err := checkProxies(env); err != nil {
+		return s, nil, err
 	}
 	if s.api != "" { // no value in the error: it may be a secret
 		if err := s.control().cleanControl(); err != nil {
@@ -420,3 +437,8 @@ type settingError struct {
 }
 
 func (e settingError) Error() string { return fmt.Sprintf("%s=%q: %v", e.name, e.value, e.error) }
+
+// check returns the rule that vw check tries with a URL.
+func (s settings) check(url string) destinationRule {
+	return destinationRule{ID: "check", Stream: "check", Destination: url, Token: s.checkToken, Headers: s.checkHeaders}
+}

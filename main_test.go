@@ -41,6 +41,11 @@ func TestRun(t *testing.T) {
 		{"api", []string{"stream"}, []string{"VW_API=ftp://me:pass@relay/"}, 2, "", `VW_API, VW_API_TOKEN: destination "…": the scheme is "ftp"`},
 		{"api without token", []string{"stream"}, []string{"VW_API=https://relay/"}, 2, "", `VW_API, VW_API_TOKEN: destination "https://relay/": the scheme is "https", which needs a "token"`},
 		{"api token", []string{"stream"}, []string{"VW_API=ws://relay/", "VW_API_TOKEN=a b"}, 2, "", "VW_API, VW_API_TOKEN: token: it must be"},
+		{"proxy", []string{"stream"}, []string{"HTTPS_PROXY=http://user:100%sure@proxy:3128"}, 2, "", `HTTPS_PROXY="…": it must be a URL like http://user:password@host:port`},
+		{"proxy of check", []string{"check", "ws://relay/"}, []string{"http_proxy=http://proxy:99999"}, 2, "", `http_proxy="http://proxy:99999": it must be a URL`},
+		{"proxy of another kind", []string{"stream"}, []string{"HTTP_PROXY=socks4://proxy"}, 2, "", `HTTP_PROXY="socks4://proxy": it must be a URL`},
+		{"headers of check", []string{"check", "ws://relay/"}, []string{`VW_CHECK_HEADERS={"Host":"secret"}`}, 2, "", `VW_CHECK_HEADERS="***": it must be an object`},
+		{"token of check", []string{"check", "ws://relay/"}, []string{"VW_CHECK_TOKEN=a b"}, 2, "", "token: it must be"},
 		{"profile", []string{"stream"}, []string{"VW_CPUPROFILE=/no/such/folder/f"}, 2, "", "VW_CPUPROFILE"},
 	}
 	for _, tt := range tests {

@@ -254,6 +254,9 @@ type labNames struct {
 }
 
 func (n *labNames) lookup(_ context.Context, host string) ([]netip.Addr, error) {
+	if isLocalhost(host) {
+		return []netip.Addr{netip.IPv6Loopback()}, nil
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	i := slices.Index(n.names, host)
@@ -267,7 +270,8 @@ func (n *labNames) lookup(_ context.Context, host string) ([]netip.Addr, error) 
 // host returns the name and port that were dialled.
 func (n *labNames) host(address string) string {
 	host, port, _ := net.SplitHostPort(address)
-	if a := netip.MustParseAddr(host).As4(); a[0] == 198 {
+	if addr := netip.MustParseAddr(host); addr.Is4() && addr.As4()[0] == 198 {
+		a := addr.As4()
 		n.mu.Lock()
 		defer n.mu.Unlock()
 		host = n.names[int(a[2])<<8|int(a[3])]

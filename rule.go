@@ -364,7 +364,7 @@ func (h *headers) UnmarshalJSON(b []byte) error {
 			return !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.ContainsRune("!#$%&'*+-.^_`|~", c))
 		}):
 			return fmt.Errorf("header %.40q: not the name of a header", name)
-		case slices.Contains(ownHeaders, canonical) || strings.HasPrefix(canonical, "Sec-Websocket-"):
+		case slices.Contains(ownHeaders, canonical) || strings.HasPrefix(canonical, "Sec-Websocket-") && canonical != "Sec-Websocket-Protocol":
 			return fmt.Errorf("header %s: it is vw's own in a handshake", canonical)
 		case twice:
 			return fmt.Errorf("header %s: it is there twice", canonical)
