@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"os"
 	"path"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -250,8 +251,9 @@ func (s *server) login(w http.ResponseWriter, r *http.Request) {
 	answer(w, http.StatusOK, "ok")
 }
 
-// getEvents sends the stats as server-sent events: at once, then every second,
-// until the listener leaves, stops reading or vw ends.
+// getEvents sends the stats as server-sent events: at once, then every second
+// and soon after a mute or a lift, until the listener leaves, stops reading or vw
+// ends.
 func (s *server) getEvents(w http.ResponseWriter, r *http.Request) {
 	leave, err := s.door.reader(r)
 	if err != nil {
@@ -267,24 +269,39 @@ func (s *server) getEvents(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	c := http.NewResponseController(w)
-	tick := time.NewTicker(eventsEvery)
-	defer tick.Stop()
 	for {
-		b, err := json.Marshal(s.commands.stats()) // one line
+		all := s.commands.stats()
+		b, err := json.Marshal(all) // one line
 		if err != nil {
 			panic(err) // what we answer can be encoded
 		}
 		c.SetWriteDeadline(time.Now().Add(maxStall))
 		fmt.Fprintf(w, "data: %s\n\n", b)
-		if c.Flush() != nil {
+		if c.Flush() != nil || !s.awaitEvent(r.Context(), all.Mute) {
 			return
 		}
+	}
+}
+
+// awaitEvent waits until the next event is due: what is muted has changed from
+// told, or a second has passed. It returns false when ctx or vw ends.
+func (s *server) awaitEvent(ctx context.Context, told muteStatus) bool {
+	due, look := time.NewTimer(eventsEvery), time.NewTicker(eventsEvery/5)
+	defer due.Stop()
+	defer look.Stop()
+	for {
 		select {
-		case <-tick.C:
-		case <-r.Context().Done():
-			return
+		case <-due.C:
+			return true
+		case <-look.C:
+			mute, since := s.commands.rules.muteStatus(handHere)
+			if mute.Since = since; !reflect.DeepEqual(mute, told) {
+				return true
+			}
+		case <-ctx.Done():
+			return false
 		case <-s.ctx.Done():
-			return
+			return false
 		}
 	}
 }

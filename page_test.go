@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -341,6 +342,61 @@ func (l oneConn) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1
 type fromHere struct{ net.Conn }
 
 func (c fromHere) RemoteAddr() net.Addr { return oneConn{}.Addr() }
+
+// TestEventsMute: a mute and its lift are told at once, not in a second.
+func TestEventsMute(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newTestServer(t, "")
+		ctx, cancel := context.WithCancel(t.Context())
+		events, w := io.Pipe()
+		var serving sync.WaitGroup
+		serving.Go(func() {
+			r := httptest.NewRequest("GET", "/api/events", nil).WithContext(ctx)
+			r.RemoteAddr, r.Host = "127.0.0.1:50000", "localhost"
+			s.ServeHTTP(&pipeWriter{w}, r)
+			w.Close()
+		})
+		lines := bufio.NewScanner(events)
+		next := func() (e struct{ Mute muteStatus }) {
+			for lines.Scan() {
+				if data, ok := strings.CutPrefix(lines.Text(), "data: "); ok {
+					if err := json.Unmarshal([]byte(data), &e); err != nil {
+						t.Error(err)
+					}
+					return e
+				}
+			}
+			t.Error("the events ended")
+			return e
+		}
+		if next().Mute.Audio {
+			t.Error("muted from the start")
+		}
+		for _, muted := range []bool{true, false} {
+			time.Sleep(eventsEvery / 4)
+			ask(s, fmt.Sprintf(`PUT /api/mute {"audio":%v}`, muted))
+			begun := time.Now()
+			if got := next().Mute.Audio; got != muted || time.Since(begun) > eventsEvery/4 {
+				t.Errorf("after %v: got %v, want %v within %v", time.Since(begun), got, muted, eventsEvery/4)
+			}
+		}
+		begun := time.Now()
+		next()
+		if got := time.Since(begun); got != eventsEvery {
+			t.Errorf("the next event came after %v, want %v", got, eventsEvery)
+		}
+		cancel()
+		serving.Wait()
+	})
+}
+
+// pipeWriter answers into a pipe.
+type pipeWriter struct{ io.Writer }
+
+func (pipeWriter) Header() http.Header              { return http.Header{} }
+func (pipeWriter) WriteHeader(int)                  {}
+func (pipeWriter) Flush()                           {}
+func (pipeWriter) SetWriteDeadline(time.Time) error { return nil }
 
 // TestEventsStuck: a listener that does not read is cut off.
 func TestEventsStuck(t *testing.T) {
@@ -902,6 +958,73 @@ func TestPageMute(t *testing.T) {
 		t.Errorf("without a connection the page says %q", got)
 	}
 	b.look(t, "mute")
+}
+
+// TestPageMuted: muted at the page or elsewhere, nothing of it comes to the
+// relay, the page says so and its preview is dark; lifted, all comes back.
+func TestPageMuted(t *testing.T) {
+	t.Parallel()
+	v := startVW(t, "VW_PLAYER="+npmPlayers(t))
+	s := &programStream{vw: v, relay: startRelay(t, "127.0.0.1:0")}
+	startFFmpeg(t, realTime, videoInput, videoCodec, []string{v.url + "/ts/video0"})
+	startFFmpeg(t, realTime, audioInput, audioCodec, []string{v.url + "/ts/audio0"})
+	v.call(t, 200, "POST", "/api/streams", `{"stream":"stream/test","feeds":["video0","audio0"]}`)
+	v.send(t, "0", "stream/test", "ws://"+s.relay.addr+"/in/test")
+	b := pageBrowser{startBrowser(t)}
+	b.open(t, v.url+"/")
+	const video, audio = 0, 1
+	grow := func(kind int) {
+		t.Helper()
+		from := s.frames(t)[kind]
+		eventually(t, startupTime, func() error {
+			if got := s.frames(t)[kind] - from; got < 20 {
+				return fmt.Errorf("the relay got %d frames of kind %d, want 20", got, kind)
+			}
+			return nil
+		})
+	}
+	state := part(destinationRow("0"), "state") + ".textContent"
+	const cover = "document.querySelector('#preview .cover').textContent"
+	words := func(kind string) string { return kindSwitch(kind) + ".textContent.replace(/, since .*/, ', since')" }
+	b.until(t, "open", state)
+	b.until(t, "Sound goes to 1 relay", words("audio"))
+	b.tap(t, part(row("streams", "stream/test"), "watch"))
+	b.until(t, "true", "watching.pictures > 20")
+	grow(audio)
+	time.Sleep(time.Second) // a tap on what has just changed lifts nothing
+
+	b.tap(t, kindSwitch("audio"))
+	b.until(t, "Sound is muted, by you, since", words("audio"))
+	b.until(t, "open, sound muted", state)
+	b.until(t, "true", "watching.pictures > 20")
+	silent := s.frames(t)[audio]
+	grow(video)
+	if got := s.frames(t)[audio]; got != silent {
+		t.Errorf("the relay got %d frames of sound after the mute", got-silent)
+	}
+	b.look(t, "sound-muted")
+
+	muted := time.Now()
+	v.call(t, 200, "PUT", "/api/mute", `{"video":true}`) // as somebody else
+	b.until(t, "Picture is muted, by you, since", words("video"))
+	t.Logf("the page said after %v what somebody else has muted", time.Since(muted))
+	b.until(t, "open, all muted", state)
+	b.until(t, "true", cover+".includes('Picture is muted, by you, since')")
+	b.until(t, "0", "document.querySelectorAll('#preview canvas').length")
+	b.until(t, "Nothing leaves this room", "document.querySelector('.leaves').textContent")
+	b.look(t, "all-muted")
+
+	time.Sleep(time.Second)
+	b.tap(t, kindSwitch("video"))
+	b.tap(t, kindSwitch("audio"))
+	b.until(t, "Picture goes to 1 relay", words("video"))
+	b.until(t, "Sound goes to 1 relay", words("audio"))
+	b.until(t, "open", state)
+	grow(video)
+	grow(audio)
+	b.until(t, "true", "watching.pictures > 20")
+	b.until(t, "", cover)
+	b.quiet(t)
 }
 
 // TestPageWindows: seven windows of the page are as live as one, though a

@@ -207,7 +207,7 @@ function showDestinations(row, name) {
 // ---- What leaves the room
 
 const kinds = { audio: 'Sound', video: 'Picture' };
-const mutedKinds = () => Object.keys(kinds).filter((kind) => stats.mute?.[kind]);
+const mutedKinds = () => Object.keys(kinds).filter((kind) => stats.mute[kind]);
 
 // tracksOf lists the tracks of a feed or stream, muted ones too.
 const tracksOf = (name) => (stats.streams[name]?.present ?? [name])
@@ -242,12 +242,11 @@ function showRoom() {
   const all = Object.values(stats.destinations).filter((d) => d.id !== 'apiRule');
   const open = all.filter((d) => d.state === 'open');
   const words = muted.map((kind) => kinds[kind].toLowerCase()).join(' and ');
-  room.hidden = !stats.mute;
   let leaves = muted.length === 2 ? 'Nothing leaves this room' : muted.length ? `No ${words} leaves this room` : 'Nothing is muted';
   if (stale) leaves = 'What leaves this room is not known';
   text(part(room, 'leaves'), leaves);
   for (const button of room.querySelectorAll('[data-kind]')) {
-    const { kind } = button.dataset, is = !!stats.mute?.[kind];
+    const { kind } = button.dataset, is = !!stats.mute[kind];
     if (changed[kind]?.is !== is) changed[kind] = { is, at: Date.now() };
     const n = open.filter((d) => !idle(d) && tracksOf(d.stream).some((t) => t.kind === kind)).length;
     button.setAttribute('aria-checked', !is);
@@ -278,7 +277,7 @@ function press(button) {
   changed[kind].at = Date.now();
   if (sure) return showRoom();
   attempt($('room'), button, async () => {
-    stats.mute = { ...stats.mute, ...await call('PUT', 'api/mute', { [kind]: !is, ...(control && { control: false }) }) };
+    stats.mute = { since: stats.mute.since, ...await call('PUT', 'api/mute', { [kind]: !is, ...(control && { control: false }) }) };
     showRoom();
   });
 }

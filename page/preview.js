@@ -30,7 +30,7 @@ let resume; // watches again when the page is seen again
 // a codec that can be played, those that cannot, and a key of what it depends on.
 function sightOf(name) {
   const tracks = tracksOf(name);
-  const open = tracks.filter((t) => !stats.mute?.[t.kind]);
+  const open = tracks.filter((t) => !stats.mute[t.kind]);
   const pick = (kind) => open.find((t) => t.kind === kind && canPlay(t.codec))?.codec;
   const sight = { video: pick('video'), audio: pick('audio'), tracks };
   sight.cannot = [...new Set(open.filter((t) => !canPlay(t.codec) && !sight[t.kind]).map((t) => t.codec))];
