@@ -326,6 +326,12 @@ func FuzzFramer(f *testing.F) {
 	f.Add(clip, uint16(100))
 	f.Add(slices.Concat(clip[:500], clip[600:]), uint16(188))
 	f.Add([]byte("not MPEG-TS"), uint16(3))
+	var m tsMaker
+	m.tables(testVideo, typeH264)
+	for i, es := range []string{avcAUD + avcSPS + avcPPS + avcIDR, avcAUD + avcP, avcIDR} {
+		m.elementary(testVideo, unitOfClip{pts: ticks(i) * 3600, dts: ticks(i) * 3600, es: []byte(es)}, 150)
+	}
+	f.Add(m.Bytes(), uint16(50))
 	f.Fuzz(func(t *testing.T, in []byte, most uint16) {
 		whole, err1 := frames(bytes.NewReader(in))
 		parts, err2 := frames(splitUp(in, 1+uint32(most)))
@@ -334,6 +340,9 @@ func FuzzFramer(f *testing.F) {
 		}
 		if !bytes.Equal(joined(whole), joined(parts)) {
 			t.Fatalf("got %d bytes in one read, others in parts", len(joined(whole)))
+		}
+		if a, b := len(keyList(keysOf(whole))), len(keyList(keysOf(parts))); a != b {
+			t.Fatalf("got %d keyframes in one read, %d in parts", a, b)
 		}
 		for _, m := range whole {
 			if m.size == 0 || m.size%packetSize != 0 || m.size > maxChunk {
