@@ -52,6 +52,7 @@ const (
 const (
 	maxLook = 8 << 10 // bytes of a PES, its header included
 	enough  = 8       // bytes of a slice, with which its type is known
+	ahead   = 2       // bytes at the end of a unit that may be of the next start code
 )
 
 // look reads the first bytes of one PES after another of a video track. The
@@ -295,7 +296,7 @@ const (
 // readH265 reads a NAL unit of H.265. A decoder can begin with an IRAP
 // picture and at a recovery point.
 func (l *look) readH265(unit []byte, whole bool) {
-	if len(unit) < h265HeaderSize {
+	if len(unit) < h265HeaderSize || !whole && len(unit) < h265HeaderSize+ahead {
 		return
 	}
 	kind, body := unit[0]>>1&0x3f, unit[h265HeaderSize:]
@@ -411,7 +412,7 @@ func (l *look) readOBU(obu []byte, whole bool) {
 	case kind == obuTileGroup:
 		l.decide(false)
 	case kind != obuFrameHeader && kind != obuFrame && kind != obuRedundantFrame:
-	case at < len(obu):
+	case at+ahead < len(obu) || whole && at < len(obu):
 		shown, frameType := obu[at]&0x80 != 0, obu[at]>>5&3
 		l.decide(l.hasHeader && (shown || frameType == av1KeyFrame))
 	case whole:
