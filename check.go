@@ -96,7 +96,7 @@ func (c *checkup) measure(l *link, s *subscriber, ended <-chan error) error {
 			return c.finish(stepSend, err, "")
 		case <-time.After(time.Until(start.Add(at))):
 		}
-		m := newMessage(nullPackets, time.Now(), chunkInfo{start: true, lead: true})
+		m := newMessage(nullPackets, time.Now(), chunkInfo{start: true, hasPAT: true})
 		s.offer(m)
 		m.release()
 	}

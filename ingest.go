@@ -54,7 +54,7 @@ type chunkInfo struct {
 	hasVideo  bool       // its feed has video
 	blind     bool       // and that has not come for blindAfter
 	soundOnly bool       // and none of it is in the chunk
-	lead      bool       // it begins with the feed's own PAT
+	hasPAT    bool       // it begins with the feed's own PAT
 	frames    int        // that begin in it
 	psi       []byte     // the feed's last PAT and PMT before its first frame, as they came; nil until known
 	program   *program   // in force for it; nil until known
@@ -684,7 +684,7 @@ func (f *framer) flush() {
 		psi, program = f.lastPSI(), f.program
 	}
 	f.emit(newMessage(f.buf[f.base:f.done], f.at, chunkInfo{
-		key: f.head.key, start: f.head.begins, hasVideo: f.video >= 0, blind: f.blind(), lead: f.head.hasPAT,
+		key: f.head.key, start: f.head.begins, hasVideo: f.video >= 0, blind: f.blind(), hasPAT: f.head.hasPAT,
 		soundOnly: f.video >= 0 && f.head.begins && f.whole.pictures == 0,
 		frames:    f.whole.frames, psi: psi, program: program, sets: f.head.sets, lost: f.lost,
 	}))

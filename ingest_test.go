@@ -125,10 +125,10 @@ func TestFramerInfo(t *testing.T) {
 		t.Fatalf("got %d messages, %v, want 2", len(all), err)
 	}
 	a, k := all[0].info, all[1].info
-	if !a.start || a.key || !a.hasVideo || !a.lead || len(a.psi) != 376 {
+	if !a.start || a.key || !a.hasVideo || !a.hasPAT || len(a.psi) != 376 {
 		t.Errorf("audio: got %+v", a)
 	}
-	if !k.start || !k.key || !k.hasVideo || k.lead || len(k.psi) != 376 || len(k.program.tracks) != 2 {
+	if !k.start || !k.key || !k.hasVideo || k.hasPAT || len(k.psi) != 376 || len(k.program.tracks) != 2 {
 		t.Errorf("keyframe: got %+v", k)
 	}
 	var only tsMaker

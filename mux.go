@@ -571,7 +571,7 @@ func (st *stream) publish(m *message, at time.Time, now ticks, anew bool) {
 	if opened || anew || m.info.lost {
 		src.renew()
 	}
-	info.lead, info.anew = true, opened
+	info.hasPAT, info.anew = true, opened
 	if st.remux.follow(src, m.info.program) || m.info.key || now-st.remux.sent >= psiEvery {
 		st.sendPSI(at, now)
 	}
@@ -605,7 +605,7 @@ func (st *stream) publishMuted(src *source, m *message, at time.Time, now ticks,
 
 // sendPSI sends the program map and a PCR, as of now; mu is held.
 func (st *stream) sendPSI(at time.Time, now ticks) {
-	info := chunkInfo{start: true, lead: true, marks: st.remux.psiMarks()}
+	info := chunkInfo{start: true, hasPAT: true, marks: st.remux.psiMarks()}
 	m := newMessage(st.remux.appendPSI(nil, now), at, info)
 	st.offer(m)
 	m.release()
@@ -654,7 +654,7 @@ func (st *stream) join(s *subscriber) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if len(st.remux.psi) > 0 {
-		m := newMessage(st.remux.psi, time.Now(), chunkInfo{start: true, lead: true})
+		m := newMessage(st.remux.psi, time.Now(), chunkInfo{start: true, hasPAT: true})
 		s.offer(m)
 		m.release()
 	}

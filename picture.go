@@ -133,7 +133,7 @@ var startCode = []byte{0, 0, 1}
 // scan reads the units between start codes. whole says that the PES ends
 // with the bytes that are here.
 func (l *look) scan(whole bool) {
-	if l.unit == 0 && !l.findStart(whole) {
+	if l.unit == 0 && !l.findStart() {
 		return
 	}
 	for l.verdict == undecided {
@@ -152,7 +152,7 @@ func (l *look) scan(whole bool) {
 
 // findStart finds the first start code, which must be the first thing in the
 // elementary stream: what begins elsewhere is not the start of a picture.
-func (l *look) findStart(whole bool) bool {
+func (l *look) findStart() bool {
 	if l.es == 0 {
 		if l.n < 9 || l.n < 9+int(l.buf[8]) {
 			return false
@@ -174,8 +174,6 @@ func (l *look) findStart(whole bool) bool {
 		l.unit = l.at + 1
 		l.at = l.unit
 		return true
-	case l.syntax == av1Syntax && l.at == l.es:
-		l.walkOBUs(whole)
 	default:
 		l.verdict = unreadable
 	}
@@ -417,36 +415,6 @@ func (l *look) readOBU(obu []byte, whole bool) {
 		l.decide(l.hasHeader && (shown || frameType == av1KeyFrame))
 	case whole:
 		l.decide(false)
-	}
-}
-
-// walkOBUs reads AV1 without start codes, where each OBU has its size.
-func (l *look) walkOBUs(whole bool) {
-	for at := l.es; l.verdict == undecided; {
-		obu := l.buf[at:l.n]
-		head := 2
-		if len(obu) > 0 && obu[0]&0x04 != 0 {
-			head++
-		}
-		size, i := 0, head-1
-		for i < len(obu) && obu[i]&0x80 != 0 && i < head+2 {
-			size |= int(obu[i]&0x7f) << (7 * (i - head + 1))
-			i++
-		}
-		if i >= len(obu) {
-			return
-		}
-		if obu[0]&(forbiddenZero|0x02) != 0x02 || obu[i]&0x80 != 0 { // no size, or one beyond any look
-			l.conclude()
-			return
-		}
-		size |= int(obu[i]) << (7 * (i - head + 1))
-		end := i + 1 + size
-		l.readOBU(obu[:min(end, len(obu))], end <= len(obu) || whole)
-		if end > len(obu) {
-			return
-		}
-		at += end
 	}
 }
 

@@ -111,7 +111,7 @@ func (m *message) preface(again bool) *message {
 		p = newMessage(appendMarks(nil, m.info.marks), m.at, chunkInfo{})
 		p.kinds.copy(&m.kinds)
 		p.has = p.kinds.openAll()
-	case !m.info.lead && len(m.info.psi) > 0:
+	case !m.info.hasPAT && len(m.info.psi) > 0:
 		p = newMessage(m.info.psi, m.at, chunkInfo{})
 	default:
 		return nil

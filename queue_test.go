@@ -10,7 +10,7 @@ import (
 
 // testMessage is one frame of a feed.
 func testMessage(f string, at time.Time, key bool, size int) *message {
-	m := newMessage(make([]byte, size), at, chunkInfo{key: key, start: true, hasVideo: true, lead: true})
+	m := newMessage(make([]byte, size), at, chunkInfo{key: key, start: true, hasVideo: true, hasPAT: true})
 	m.feed = f
 	return m
 }
@@ -232,13 +232,13 @@ func TestForms(t *testing.T) {
 // and a picture that comes later passes from its own keyframe.
 func TestBlindGate(t *testing.T) {
 	start := time.Now()
-	sound := chunkInfo{start: true, hasVideo: true, soundOnly: true, lead: true}
+	sound := chunkInfo{start: true, hasVideo: true, soundOnly: true, hasPAT: true}
 	blind := sound
 	blind.blind = true
-	picture := chunkInfo{start: true, hasVideo: true, lead: true}
+	picture := chunkInfo{start: true, hasVideo: true, hasPAT: true}
 	key := picture
 	key.key = true
-	part := chunkInfo{hasVideo: true, blind: true, lead: true} // not the start of a frame
+	part := chunkInfo{hasVideo: true, blind: true, hasPAT: true} // not the start of a frame
 	for _, tt := range []struct {
 		name string
 		in   []chunkInfo
@@ -292,7 +292,7 @@ func TestBlindGate(t *testing.T) {
 func TestOpeningMessage(t *testing.T) {
 	start := time.Now()
 	makeMessage := func(at time.Duration, key bool) *message {
-		m := newMessage([]byte("as it is"), start.Add(at), chunkInfo{key: key, start: true, hasVideo: true, lead: true})
+		m := newMessage([]byte("as it is"), start.Add(at), chunkInfo{key: key, start: true, hasVideo: true, hasPAT: true})
 		m.feed = "video0"
 		if key {
 			m.opening = newMessage([]byte("with parameter sets"), m.at, m.info)
