@@ -66,10 +66,11 @@ type link struct {
 	written atomic.Uint64 // bytes of unfinished messages that the kernel took: progress where the wire tells of none
 
 	// owned by the goroutine that reads
-	read   int       // bytes since the last sleep
-	alive  time.Time // the last sign of life
-	looked time.Time // when progress was last looked at
-	moved  uint64    // what progress was then
+	read    int       // bytes since the last sleep
+	alive   time.Time // the last sign of life
+	looked  time.Time // when progress was last looked at
+	moved   uint64    // what progress was then
+	pressed int       // times in a row that the kernel had something unsent then
 
 	ping      atomic.Pointer[sentPing] // that waits for its pong; nil: none
 	roundTrip atomic.Int64             // nanoseconds that the last one took; 0: not known
@@ -156,7 +157,7 @@ func (l *link) deliver(ctx context.Context, x *mux, name string, s *subscriber, 
 }
 
 // Read reads for the inbox. It fails when the other side has shown no sign of life
-// for too long: nothing was read, and nothing it was sent acknowledged.
+// for too long.
 func (l *link) Read(p []byte) (int, error) {
 	for {
 		if l.silence > 0 {
@@ -181,15 +182,24 @@ func (l *link) Read(p []byte) (int, error) {
 	}
 }
 
-// lookAlive takes progress for a sign of life.
+// lookAlive takes it for a sign of life that the other side acknowledges what it is
+// sent, while there is more than it takes: it may be too slow to come to our pings.
+// Where it takes everything at once it must answer them: something on the way may
+// take what it does not pass on.
 func (l *link) lookAlive() {
 	now := time.Now()
 	if now.Sub(l.looked) < lookEvery {
 		return
 	}
 	l.looked = now
+	if l.pressed++; l.wire.known() && l.wire.unsent() == 0 {
+		l.pressed = 0
+	}
 	if moved := l.progress(); moved != l.moved {
-		l.moved, l.alive = moved, now
+		l.moved = moved
+		if !l.wire.known() || l.pressed >= pressedLooks {
+			l.alive = now
+		}
 	}
 }
 
@@ -433,8 +443,8 @@ func (l *link) patience() time.Duration {
 // written now.
 func (l *link) lateness(s *subscriber, now time.Time) time.Duration {
 	l.pace.look(l.wire, now)
-	if l.pace.delay == 0 {
-		return 0
+	if l.pace.delay == 0 && l.pace.time(messageLimit) < s.maxAge/2 {
+		return 0 // whatever is next does not take long
 	}
 	return l.pace.lateness(s.nextSize(), s.maxAge)
 }

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -240,8 +241,12 @@ func TestNarrowLink(t *testing.T) {
 					t.Errorf("frame %d follows frame %d and is no keyframe", s.frame, slow[i-1].frame)
 				}
 			}
-			if len(fast) < len(c.born) || len(slow) < len(c.born)/10 {
-				t.Errorf("got %d frames on the narrow link and %d beside it, of %d", len(slow), len(fast), len(c.born))
+			carried := 0
+			for _, s := range slow {
+				carried += map[bool]int{true: tt.key, false: tt.other}[s.key]
+			}
+			if most := int(2e6 / 8 * 10); len(fast) < len(c.born) || tt.key >= 60_000 && !*long && carried < most*6/10 {
+				t.Errorf("got %d bytes on the narrow link, which carries %d, and %d frames beside it, of %d", carried, most, len(fast), len(c.born))
 			}
 			if tt.key < 60_000 && len(slow) != len(c.born) {
 				t.Errorf("got %d frames of %d over a link that is wide enough", len(slow), len(c.born))
@@ -253,4 +258,66 @@ func TestNarrowLink(t *testing.T) {
 			}
 		})
 	}
+}
+
+// rated reads so many bytes a second, and no more than that from the kernel.
+type rated struct {
+	net.Conn
+	rate int
+}
+
+func (c rated) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p[:min(len(p), c.rate/50)])
+	time.Sleep(time.Duration(n) * time.Second / time.Duration(c.rate))
+	return n, err
+}
+
+// TestSlowReader: a relay that reads slowly but steadily is kept, however long one
+// message takes, and gets whole messages that are as old as they take.
+func TestSlowReader(t *testing.T) {
+	notShort(t, "a message takes 5 s")
+	t.Parallel()
+	c := &bornCamera{camera: newCamera(), key: 1_000_000, other: 1000}
+	var mu sync.Mutex
+	var got []seen
+	var conns atomic.Int64
+	config := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
+		return raw.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 32<<10) })
+	}}
+	l, err := config.Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const rate = 100_000
+	serveEach(t, l, func(conn net.Conn) {
+		conns.Add(1)
+		serveRelay(rated{conn, rate}, func(b []byte) {
+			mu.Lock()
+			defer mu.Unlock()
+			got = append(got, c.arrived(b)...)
+		})
+	})
+	var log logBuffer
+	r, ctx, tasks := realRules(t, &log)
+	r.to(t, "0", "video0", "ws://"+l.Addr().String())
+	waitFor(t, "a connection", func() bool { return strings.Contains(log.String(), "msg=connected") })
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(scaled(0, 35, 65))*time.Second)
+	defer cancel()
+	tasks.Go(func() { c.film(ctx, r.mux, "video0") })
+	<-ctx.Done()
+	mu.Lock()
+	defer mu.Unlock()
+	keys := 0
+	for _, s := range got {
+		if s.key {
+			keys++
+		}
+		if limit := 11500 * time.Millisecond; s.age > limit { // 10 s, what the relay's kernel holds, and 0.3 s
+			t.Errorf("frame %d (key %t) is %v old, want %v at most", s.frame, s.key, s.age, limit)
+		}
+	}
+	if n := conns.Load(); n != 1 || keys < 3 {
+		t.Errorf("got %d keyframes on %d connections, want 3 on one:\n%s", keys, n, log.String())
+	}
+	t.Logf("%v", got)
 }

@@ -12,8 +12,9 @@ import (
 )
 
 const (
-	lookEvery = 250 * time.Millisecond // for signs of life
-	paceEvery = 20 * time.Millisecond  // for how fast bytes go
+	lookEvery    = 250 * time.Millisecond // for signs of life
+	pressedLooks = 3                      // in a row: not only a keyframe that is on its way
+	paceEvery    = 20 * time.Millisecond  // for how fast bytes go
 )
 
 // wire is a TCP connection as the kernel sees it; of the zero value nothing is
@@ -46,6 +47,12 @@ func (w wire) info() (info wireInfo, ok bool) {
 	return tcpInfo(w.conn)
 }
 
+// known reports whether anything is known.
+func (w wire) known() bool {
+	_, ok := w.info()
+	return ok
+}
+
 // unsent returns how many bytes the kernel was not yet able to send.
 func (w wire) unsent() int {
 	if w.conn == nil {
@@ -72,7 +79,8 @@ type pace struct {
 
 // look updates the estimate, if the last one is old enough.
 func (c *pace) look(w wire, now time.Time) {
-	if now.Sub(c.looked) < paceEvery {
+	since := now.Sub(c.looked)
+	if since < paceEvery {
 		return
 	}
 	c.looked = now
@@ -80,14 +88,12 @@ func (c *pace) look(w wire, now time.Time) {
 	if !ok || info.rate == 0 {
 		return
 	}
-	if c.rate == 0 {
-		c.rate = float64(info.rate)
+	// What a queue took in a burst is no rate: it may fall at once, and rises slowly.
+	share := min(float64(since)/float64(2*paceEvery), 1)
+	if float64(info.rate) > c.rate && c.rate > 0 {
+		share /= 4
 	}
-	if rate := float64(info.rate); rate < c.rate {
-		c.rate += (rate - c.rate) / 2
-	} else {
-		c.rate += (rate - c.rate) / 8 // a burst that a queue took at once is no rate
-	}
+	c.rate += (float64(info.rate) - c.rate) * share
 	c.delay = max(0, c.time(w.unacked())-info.minRTT)
 }
 
@@ -100,8 +106,8 @@ func (c *pace) time(bytes int) time.Duration {
 }
 
 // lateness returns how much older than it is a message of size bytes has to be
-// taken for, if it is written now and may be maxAge old. What arrives is then at
-// most twice that old, or as old as the message takes and 0.6 of maxAge.
+// taken for, if it is written now and may be maxAge old. What arrives is then less
+// than twice that old, or as old as the message takes and 0.6 of maxAge.
 func (c *pace) lateness(size int, maxAge time.Duration) time.Duration {
-	return c.delay + min(max(c.time(size)-maxAge, 0), maxAge*2/5)
+	return c.delay + min(max(c.time(size)-maxAge*4/5, 0), maxAge/2)
 }
