@@ -1,9 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -102,5 +105,65 @@ func TestFeedLimit(t *testing.T) {
 		if err := publish(step.feed); !errors.Is(err, step.want) {
 			t.Errorf("feed %d: got %v, want %v", step.feed, err, step.want)
 		}
+	}
+}
+
+// TestSoundWithoutPicture holds I5: where a map lists a picture that does not come,
+// a reader waits 1 s for the sound. When the picture comes, it is from its keyframe on.
+func TestSoundWithoutPicture(t *testing.T) {
+	for _, name := range []string{"video0", "stream/x"} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				x := newMux()
+				x.setStream("stream/x", []string{"video0"}, true)
+				s := newSubscriber(raw, time.Minute, nil)
+				x.join(name, s)
+				body, in := net.Pipe()
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					x.publish("video0", &publisher{interrupt: func() {}}, body)
+				}()
+				var m tsMaker
+				var first time.Duration // after which sound comes
+				var pictures [][]byte
+				for i := range 200 {
+					m.Reset()
+					m.tables(testVideo, typeH264, testAudio, typeMPEG1Audio)
+					m.frame(pes{pid: testAudio, id: 0xc0, size: 300, length: true, pts: ticks(i) * 3600})
+					if i >= 100 { // the picture comes, with a keyframe at 125
+						es := avcAUD + avcP
+						if i%25 == 0 && i > 100 {
+							es = avcAUD + avcSPS + avcPPS + avcIDR
+						}
+						m.elementary(testVideo, unitOfClip{pts: ticks(i) * 3600, dts: ticks(i) * 3600, es: []byte(es)}, 0)
+					}
+					in.Write(m.Bytes())
+					synctest.Wait()
+					n := 0
+					for _, b := range s.take(nil, 1<<20, false, time.Now()) {
+						n += len(b)
+						for p := range slices.Chunk(b, packetSize) {
+							switch p := packet(p); {
+							case p.pid() == testAudio && p.payload() != nil && first == 0:
+								first = time.Duration(i) * 40 * time.Millisecond
+							case p.pid() == testVideo && p.unitStart():
+								pictures = append(pictures, bytes.Clone(p.payload()))
+							}
+						}
+					}
+					s.wrote(n)
+					time.Sleep(40 * time.Millisecond)
+				}
+				in.Close()
+				<-done
+				if first == 0 || first > 1200*time.Millisecond {
+					t.Errorf("got sound after %v, want 1 s", first)
+				}
+				if len(pictures) < 74 || !bytes.Contains(pictures[0], []byte(avcIDR[:4])) {
+					t.Errorf("got %d pictures, the first % x, want 75 from the keyframe on", len(pictures), pictures[:min(1, len(pictures))])
+				}
+			})
+		})
 	}
 }
