@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"os/exec"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -432,5 +433,68 @@ func TestMuteBacklog(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestMuteCodecs is TestMuteKinds with what ffmpeg makes: a picture and a sound
+// in one feed. While one is muted the other passes whole.
+func TestMuteCodecs(t *testing.T) {
+	ffmpeg := needs(t, "ffmpeg")
+	pictures := map[string][]string{
+		"mpeg1": {"mpeg1video"}, "mpeg2": {"mpeg2video"}, "h264": {"libx264"}, "h265": {"libx265", "-x265-params", "log-level=none"},
+	}
+	sounds := map[string][]string{
+		"mp2": {"mp2"}, "mp3": {"libmp3lame"}, "aac": {"aac"}, "latm": {"aac", "-mpegts_flags", "latm"}, "ac3": {"ac3"}, "eac3": {"eac3"},
+		"opus": {"libopus"}, "dts": {"dca", "-strict", "-2"}, "s302m": {"s302m", "-strict", "-2"},
+	}
+	check := func(picture, sound string) {
+		args := []string{"-v", "error", "-f", "lavfi", "-i", "testsrc2=size=64x48:rate=25", "-f", "lavfi", "-i", "sine=sample_rate=48000", "-t", "2", "-g", "12", "-c:v"}
+		args = append(append(args, pictures[picture]...), "-ac", "2", "-c:a")
+		out, err := exec.Command(ffmpeg, append(append(args, sounds[sound]...), "-f", "mpegts", "-")...).Output()
+		if err != nil {
+			t.Fatalf("%s with %s: %v", picture, sound, err)
+		}
+		all, err := frames(splitUp(out, 5000))
+		if err != nil {
+			t.Fatal(err)
+		}
+		g := all[len(all)-1].info.program
+		if len(g.tracks) != 2 {
+			t.Fatalf("%s with %s: got %d tracks", picture, sound, len(g.tracks))
+		}
+		whole := payloadsByPID(joined(all))
+		for muted, kind := range map[kindSet]trackKind{muteSound: pictureTrack, mutePicture: soundTrack, muteSound | mutePicture: dataTrack} {
+			b := newBench(t, "stream/x", "f")
+			onFeed := newSubscriber(raw, time.Hour, nil)
+			b.join("f", onFeed)
+			b.setMute(muted)
+			b.attach("f", &publisher{interrupt: func() {}})
+			for i, m := range all {
+				again := newMessage(m.payload(), b.at.Add(time.Duration(i)*40*time.Millisecond), m.info)
+				again.first = i == 0
+				b.feeds["f"].publish(b.feeds["f"].pub, again, b.now(again.at))
+			}
+			onStream := b.got()
+			b.sub = onFeed
+			got := payloadsByPID(b.got())
+			for _, k := range g.tracks {
+				want := 0
+				if k.coding().kind == kind {
+					want = whole[k.pid]
+				}
+				if got[k.pid] != want {
+					t.Errorf("%s with %s, muted %03b: got %d packets of the %s, want %d of %d", picture, sound, muted, got[k.pid], k.coding().name, want, whole[k.pid])
+				}
+				if n := payloadsByPID(onStream)[k.pid]; n > 0 != (want > 0) {
+					t.Errorf("%s with %s, muted %03b: got %d packets of the %s on the stream, want some: %v", picture, sound, muted, n, k.coding().name, want > 0)
+				}
+			}
+		}
+	}
+	for sound := range sounds {
+		check("mpeg1", sound)
+	}
+	for picture := range pictures {
+		check(picture, "mp2")
 	}
 }
