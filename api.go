@@ -341,11 +341,14 @@ type commands struct {
 
 // setStream adds or changes the stream that rule is about.
 func (c *commands) setStream(rule []byte) (any, error) {
-	var r streamRule
-	if err := decode(rule, &r); err != nil {
+	var e streamEdit
+	if err := decode(rule, &e); err != nil {
 		return nil, err
 	}
-	return c.rules.setStream(r)
+	if e.isWhole() {
+		return c.rules.setStream(streamRule{e.Stream, e.Feeds})
+	}
+	return c.rules.editStream(e)
 }
 
 // listStream returns the feeds of a stream, or of all streams by name.

@@ -59,7 +59,7 @@ func (r streamRule) clean() (streamRule, error) {
 		return streamRule{}, invalid(`stream %q: "feeds" is missing; [] mutes everything`, name)
 	}
 	if len(r.Feeds) > maxFeeds {
-		return streamRule{}, invalid("stream %q: it has %d feeds, at most %d are allowed", name, len(r.Feeds), maxFeeds)
+		return streamRule{}, tooManyFeeds(name, r.Feeds)
 	}
 	feeds := make([]string, 0, len(r.Feeds))
 	for _, f := range r.Feeds {
@@ -72,6 +72,61 @@ func (r streamRule) clean() (streamRule, error) {
 		feeds = append(feeds, f)
 	}
 	return streamRule{name, feeds}, nil
+}
+
+func tooManyFeeds(stream string, feeds []string) error {
+	return invalid("stream %q: it has %d feeds, at most %d are allowed", stream, len(feeds), maxFeeds)
+}
+
+// streamEdit is what can be asked of a stream: all its feeds, or some to add
+// (with) and to take out (without).
+type streamEdit struct {
+	Stream  string   `json:"stream"`
+	Feeds   []string `json:"feeds"`
+	With    []string `json:"with"`
+	Without []string `json:"without"`
+}
+
+// isWhole reports whether e has all feeds of the stream.
+func (e streamEdit) isWhole() bool { return e.With == nil && e.Without == nil }
+
+// clean returns an edit of some feeds with clean names.
+func (e streamEdit) clean() (streamEdit, error) {
+	if e.Feeds != nil {
+		return e, invalid(`stream %q: "feeds" are all feeds, which leaves nothing for "with" and "without"`, e.Stream)
+	}
+	with, err := streamRule{e.Stream, append([]string{}, e.With...)}.clean()
+	if err != nil {
+		return e, err
+	}
+	without, err := streamRule{e.Stream, append([]string{}, e.Without...)}.clean()
+	return streamEdit{Stream: with.Stream, With: with.Feeds, Without: without.Feeds}, err
+}
+
+// apply returns feeds with the edit made, in the order of places.
+func (e streamEdit) apply(feeds, places []string) []string {
+	all := slices.Clone(feeds)
+	for _, f := range e.With {
+		if !slices.Contains(all, f) {
+			all = append(all, f)
+		}
+	}
+	all = slices.DeleteFunc(all, func(f string) bool { return slices.Contains(e.Without, f) })
+	slices.SortStableFunc(all, func(a, b string) int {
+		return cmp.Compare(uint(slices.Index(places, a)), uint(slices.Index(places, b))) // what has none is last
+	})
+	return all
+}
+
+// placesOf returns the order of feeds, with those that had a place and are no
+// longer among them where they were.
+func placesOf(feeds, places []string) []string {
+	if !subset(feeds, places) || !slices.IsSortedFunc(feeds, func(a, b string) int {
+		return cmp.Compare(slices.Index(places, a), slices.Index(places, b))
+	}) {
+		places = slices.Concat(feeds, slices.DeleteFunc(slices.Clone(places), func(f string) bool { return slices.Contains(feeds, f) }))
+	}
+	return places[:min(len(places), 2*maxFeeds)]
 }
 
 // destinationRule sends a feed or stream to a relay.

@@ -41,6 +41,7 @@ type rules struct {
 
 	mu           sync.RWMutex // held while a change is applied, which may take 100 ms
 	streams      map[string][]string
+	places       map[string][]string // of a stream: the order of its feeds, and of those that it had
 	destinations map[string]*running
 	mutes        muteSet
 	mutedSince   [2]time.Time // by kind: when it was muted
@@ -51,7 +52,7 @@ type rules struct {
 func newRules(ctx context.Context, x *mux, maxLag time.Duration, log *slog.Logger) *rules {
 	return &rules{
 		ctx: ctx, mux: x, dialer: newDialer(), maxLag: maxLag, log: log,
-		streams: make(map[string][]string), destinations: make(map[string]*running),
+		streams: make(map[string][]string), places: make(map[string][]string), destinations: make(map[string]*running),
 	}
 }
 
@@ -295,6 +296,35 @@ func (r *rules) setStream(rule streamRule) (streamRule, error) {
 		return rule, err
 	}
 	r.mu.Lock()
+	return r.replaceStream(rule, begun)
+}
+
+// editStream adds feeds to a stream and takes feeds out of it, whatever others it
+// has now: of two callers who edit it at once, neither undoes what the other does.
+// A feed that comes back gets the place that it had.
+func (r *rules) editStream(e streamEdit) (streamRule, error) {
+	begun := time.Now()
+	e, err := e.clean()
+	if err != nil {
+		return streamRule{}, err
+	}
+	r.mu.Lock()
+	feeds, known := r.planned().streams[e.Stream]
+	if !known {
+		r.mu.Unlock()
+		return streamRule{}, fmt.Errorf("stream %q %w", e.Stream, errNotFound)
+	}
+	feeds = e.apply(feeds, r.places[e.Stream])
+	if len(feeds) > maxFeeds {
+		r.mu.Unlock()
+		return streamRule{}, tooManyFeeds(e.Stream, feeds)
+	}
+	return r.replaceStream(streamRule{e.Stream, feeds}, begun)
+}
+
+// replaceStream makes rule, which is clean, that of its stream; it is called with
+// mu held and unlocks it.
+func (r *rules) replaceStream(rule streamRule, begun time.Time) (streamRule, error) {
 	old, known := r.streams[rule.Stream]
 	planned := r.planned()
 	next, expected := planned.streams[rule.Stream]
@@ -324,6 +354,7 @@ func (r *rules) streamChange(rule streamRule) *change {
 		put: func(set *ruleSet) { set.streams[rule.Stream] = rule.Feeds },
 		apply: func() func() {
 			r.streams[rule.Stream] = rule.Feeds
+			r.places[rule.Stream] = placesOf(rule.Feeds, r.places[rule.Stream])
 			ended := r.mux.setStream(rule.Stream, rule.Feeds, true)
 			return func() {
 				awaitWrites(ended)
@@ -380,6 +411,7 @@ func (r *rules) streamsDeletion(names ...string) *change {
 		var ended []<-chan struct{}
 		for _, name := range names {
 			delete(r.streams, name)
+			delete(r.places, name)
 			ended = append(ended, r.mux.setStream(name, nil, false)...)
 		}
 		return func() {

@@ -500,3 +500,76 @@ func TestConcurrentChanges(t *testing.T) {
 		return len(r.mux.streams) == 0 && len(r.mux.feeds) == 2
 	})
 }
+
+// TestRulesEditStream: feeds are added and taken out whatever the others are, and
+// come back where they were.
+func TestRulesEditStream(t *testing.T) {
+	s := newTestServer(t, "")
+	for _, step := range []struct{ rule, want string }{
+		{`{"stream":"stream/a","with":["v"]}`, `404 `},
+		{`{"stream":"stream/a","without":["v"]}`, `404 `},
+		{`{"stream":"stream/a","feeds":["v","a","b"]}`, `200 {"stream":"stream/a","feeds":["v","a","b"]}`},
+		{`{"stream":"/stream/a","without":["v"]}`, `200 {"stream":"stream/a","feeds":["a","b"]}`},
+		{`{"stream":"stream/a","without":["v","b"]}`, `200 {"stream":"stream/a","feeds":["a"]}`},
+		{`{"stream":"stream/a","with":["b"]}`, `200 {"stream":"stream/a","feeds":["a","b"]}`},
+		{`{"stream":"stream/a","with":["v","v1"]}`, `200 {"stream":"stream/a","feeds":["v","a","b","v1"]}`},
+		{`{"stream":"stream/a","with":["v"]}`, `200 {"stream":"stream/a","feeds":["v","a","b","v1"]}`},
+		{`{"stream":"stream/a","with":["c"],"without":["v","a","b"]}`, `200 {"stream":"stream/a","feeds":["v1","c"]}`},
+		{`{"stream":"stream/a","with":["c"],"without":["c"]}`, `200 {"stream":"stream/a","feeds":["v1"]}`},
+		{`{"stream":"stream/a","with":["c","c"]}`, `400 `},
+		{`{"stream":"stream/a","with":["stream/b"]}`, `400 `},
+		{`{"stream":"stream/a","feeds":[],"without":["v1"]}`, `400 `},
+		{`{"stream":"stream/a","without":[]}`, `200 {"stream":"stream/a","feeds":["v1"]}`},
+		{`{"stream":"stream/a","feeds":["b","a"]}`, `200 {"stream":"stream/a","feeds":["b","a"]}`},
+		{`{"stream":"stream/a","with":["v"]}`, `200 {"stream":"stream/a","feeds":["b","a","v"]}`},
+	} {
+		if got := ask(s, "POST /api/streams "+step.rule); !strings.HasPrefix(got, step.want) {
+			t.Errorf("%s: got %s, want %s", step.rule, got, step.want)
+		}
+	}
+	many := make([]string, maxFeeds)
+	for i := range many {
+		many[i] = fmt.Sprintf("f%d", i)
+	}
+	if _, err := s.commands.rules.setStream(streamRule{"stream/a", many}); err != nil {
+		t.Fatal(err)
+	}
+	if got := ask(s, `POST /api/streams {"stream":"stream/a","with":["x"]}`); !strings.HasPrefix(got, "400 ") {
+		t.Errorf("one feed too many: got %s, want 400", got)
+	}
+	if got := ask(s, `POST /api/streams {"stream":"stream/a","with":["x"],"without":["f0"]}`); !strings.HasPrefix(got, "200 ") {
+		t.Errorf("one feed for another: got %s, want 200", got)
+	}
+}
+
+// TestRulesEditTogether: of many who edit a stream at once, none undoes what
+// another does.
+func TestRulesEditTogether(t *testing.T) {
+	s := newTestServer(t, "")
+	var want, all []string
+	for i := range 20 {
+		all = append(all, fmt.Sprintf("f%02d", i))
+		if i%2 == 1 {
+			want = append(want, all[i])
+		}
+	}
+	if _, err := s.commands.rules.setStream(streamRule{"stream/a", all}); err != nil {
+		t.Fatal(err)
+	}
+	var editing sync.WaitGroup
+	for i, f := range all {
+		editing.Go(func() {
+			e := streamEdit{Stream: "stream/a", Without: []string{f}}
+			for range 1 + i%2 {
+				if _, err := s.commands.rules.editStream(e); err != nil {
+					t.Error(err)
+				}
+				e.With, e.Without = e.Without, nil
+			}
+		})
+	}
+	editing.Wait()
+	if got, err := s.commands.rules.stream("stream/a"); err != nil || !slices.Equal(got, want) {
+		t.Errorf("got %v, %v, want %v", got, err, want)
+	}
+}
