@@ -330,8 +330,11 @@ function showStream(row, st, name) {
   fill(row, { name, state: st ? '' : 'no such stream', rate: rate(st?.bitRate), change: st ? 'Change' : 'Add it' });
   part(row, 'watch').hidden = part(row, 'delete').hidden = !st;
   const { feeds = [], muted = [], present = [] } = st ?? {};
-  rows(part(row, 'switches'), 'switch', inOrder(name, feeds, muted).map((f) => [f, f]), (button, feed) => {
-    button.onclick = () => attempt(row, button, () => toggle(name, feed));
+  rows(part(row, 'switches'), 'switch', byName(Object.fromEntries([...feeds, ...muted].map((f) => [f, f]))), (button, feed) => {
+    button.onclick = () => {
+      const way = stats.streams[name].feeds.includes(feed) ? 'without' : 'with';
+      attempt(row, button, () => call('POST', 'api/streams', { stream: name, [way]: [feed] }));
+    };
   }, (button, feed) => {
     const on = feeds.includes(feed), is = present.includes(feed);
     button.setAttribute('aria-checked', on);
@@ -339,33 +342,6 @@ function showStream(row, st, name) {
     fill(button, { name: feed, state: !on ? 'muted' : !is ? 'absent' : isMuted(tracksOf(feed)) ? 'muted above' : 'on' });
   });
   showDestinations(row, name);
-}
-
-const order = new Map(); // of a stream: its feeds as its rule had them, muted ones included
-
-// inOrder returns the feeds of a stream, muted ones where they were.
-function inOrder(name, feeds, muted) {
-  const known = (order.get(name) ?? []).filter((f) => feeds.includes(f) || muted.includes(f));
-  const all = [...new Set([...known, ...feeds, ...muted])];
-  order.set(name, all);
-  return all;
-}
-
-let queue = Promise.resolve(); // rules are changed one after the other
-
-// toggle takes a feed out of its stream, or puts it back in its place. It
-// begins with the rule as it is now, which others may have changed.
-function toggle(name, feed) {
-  const mute = stats.streams[name].feeds.includes(feed);
-  return queue = queue.catch(() => {}).then(async () => {
-    const now = await call('GET', 'api/streams/' + name);
-    const { feeds = [], muted = [] } = stats.streams[name] ?? {}; // older than now
-    const all = inOrder(name, now, [...feeds, ...muted]);
-    await call('POST', 'api/streams', {
-      stream: name,
-      feeds: all.filter((f) => (f === feed ? !mute : now.includes(f))),
-    });
-  });
 }
 
 function makeDestination(row, id) {
@@ -512,15 +488,14 @@ function edit(node, title, values, chips, input, several) {
   text(node.querySelector('h2'), title);
   text(part(node, 'error'), '');
   for (const name in values) node.elements[name].value = values[name];
-  const words = () => input.value.split(/[\s,]+/).filter(Boolean);
   const box = part(node, 'chips');
-  const mark = () => [...box.children].forEach((b) => b.setAttribute('aria-pressed', words().includes(b.textContent)));
+  const mark = () => [...box.children].forEach((b) => b.setAttribute('aria-pressed', words(input).includes(b.textContent)));
   box.replaceChildren(...chips.map((name) => {
     const b = document.createElement('button');
     b.type = 'button';
     b.textContent = name;
     b.onclick = () => {
-      const all = words();
+      const all = words(input);
       input.value = !several ? name : (all.includes(name) ? all.filter((w) => w !== name) : [...all, name]).join(' ');
       mark();
     };
@@ -540,20 +515,25 @@ form('login', async (f) => {
   listen();
 });
 
+const words = (input) => input.value.split(/[\s,]+/).filter(Boolean);
+const minus = (a, b) => a.filter((x) => !b.includes(x));
+let edited; // the feeds that the stream in the form had; undefined: it is a new one
+
 const streamForm = form('stream-form', async (f) => {
-  const name = f.stream.value.trim().replace(/^\//, '');
+  const name = f.stream.value.trim().replace(/^\//, ''), feeds = words(f.feeds);
   await call('POST', 'api/streams', {
     stream: isStream(name) ? name : 'stream/' + name,
-    feeds: f.feeds.value.split(/[\s,]+/).filter(Boolean),
+    ...(edited ? { with: minus(feeds, edited), without: minus(edited, feeds) } : { feeds }),
   });
 });
 
 // editStream changes a stream, or adds one.
 function editStream(name) {
-  const { feeds = [] } = stats.streams[name] ?? {}, input = streamForm.elements.feeds;
+  const input = streamForm.elements.feeds;
+  edited = stats.streams[name]?.feeds;
   streamForm.elements.stream.readOnly = !!name;
-  edit(streamForm, !name ? 'New stream' : stats.streams[name] ? `Change ${name}` : `Add ${name}`,
-    { stream: name ?? '', feeds: feeds.join(' ') }, sorted(stats.feeds), input, true);
+  edit(streamForm, !name ? 'New stream' : `${edited ? 'Change' : 'Add'} ${name}`,
+    { stream: name ?? '', feeds: edited?.join(' ') ?? '' }, sorted(stats.feeds), input, true);
 }
 
 let headers; // of the destination that is edited
