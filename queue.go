@@ -337,20 +337,7 @@ func (s *subscriber) trim(now time.Time) {
 		if why == kept {
 			if g != nil {
 				delete(cut, it.feed)
-				if p := it.preface(true); p != nil { // in the place of one that was dropped
-					s.counters.published++
-					s.bytes += p.size
-					rest = append(rest, item{message: p})
-				}
-				if open := s.gates[it.feed]; open != nil {
-					open.blind = it.info.hasVideo && it.info.blind
-				}
-				if m := it.asOpening(); m != it.message {
-					s.bytes += m.size - it.size
-					m.holders.Add(1)
-					it.release()
-					it.message = m
-				}
+				rest, it = s.reopen(rest, it)
 			}
 			rest = append(rest, it)
 			continue
@@ -370,6 +357,26 @@ func (s *subscriber) trim(now time.Time) {
 			s.gates[f] = g
 		}
 	}
+}
+
+// reopen appends the preface that it needs, the first of its feed after what was
+// dropped, and returns what to queue for it; mu is held.
+func (s *subscriber) reopen(rest []item, it item) ([]item, item) {
+	if p := it.preface(true); p != nil { // in the place of one that was dropped
+		s.counters.published++
+		s.bytes += p.size
+		rest = append(rest, item{message: p})
+	}
+	if g := s.gates[it.feed]; g != nil {
+		g.blind = it.info.hasVideo && it.info.blind
+	}
+	if m := it.asOpening(); m != it.message {
+		s.bytes += m.size - it.size
+		m.holders.Add(1)
+		it.release()
+		it.message = m
+	}
+	return rest, it
 }
 
 // take appends to b what to write next, and keeps it in flight until wrote:
