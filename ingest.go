@@ -384,6 +384,9 @@ func (f *framer) startUnit(s *pidState, p packet, payload []byte) {
 		return
 	}
 	if f.program == nil && f.video < 0 && isVideoID(id) || s.picture && int(s.pid) != f.video && f.blind() {
+		if f.looking {
+			f.judge(f.look.end())
+		}
 		f.video, f.look = int(s.pid), look{}
 		if t := f.program.find(s.pid); t != nil {
 			f.look.syntax = t.syntax()

@@ -247,11 +247,10 @@ func (l *look) readH264(unit []byte, whole bool) {
 	kind := unit[0] & 0x1f
 	switch {
 	case unit[0]&forbiddenZero != 0:
-	case kind == h264IDR:
-		l.decide(true)
-	case h264Slice <= kind && kind <= h264LastPartition:
+	case h264Slice <= kind && kind <= h264IDR:
 		if whole || len(unit) >= enough {
-			l.decide(l.hasRecovery || l.hasHeader && h264Intra(unit[1:min(len(unit), enough)]))
+			first, intra := h264SliceHeader(unit[1:min(len(unit), enough)])
+			l.decide(first == 0 && (kind == h264IDR || l.hasRecovery || l.hasHeader && intra))
 		}
 	case !whole:
 	case kind == h264AccessUnit:
@@ -270,12 +269,13 @@ func (l *look) readH264(unit []byte, whole bool) {
 	}
 }
 
-// h264Intra reports whether the header of a slice is one of an I slice, whose
-// slice_type is 2 or 7. ISO 14496-10 7.3.3.
-func h264Intra(slice []byte) bool {
+// h264SliceHeader returns first_mb_in_slice, which is 0 for the first slice of a
+// picture, and whether the slice is intra: its slice_type is 2 or 7.
+// ISO 14496-10 7.3.3.
+func h264SliceHeader(slice []byte) (first uint32, intra bool) {
 	r := bitReader{b: slice}
-	r.golomb() // first_mb_in_slice
-	return r.golomb()%5 == 2
+	first = r.golomb()
+	return first, r.golomb()%5 == 2
 }
 
 // NAL unit types of H.265. ISO 23008-2 table 7-1.
@@ -294,14 +294,15 @@ const (
 // readH265 reads a NAL unit of H.265. A decoder can begin with an IRAP
 // picture and at a recovery point.
 func (l *look) readH265(unit []byte, whole bool) {
-	if len(unit) < h265HeaderSize || !whole && len(unit) < h265HeaderSize+ahead {
+	if len(unit) <= h265HeaderSize || !whole && len(unit) <= h265HeaderSize+ahead {
 		return
 	}
 	kind, body := unit[0]>>1&0x3f, unit[h265HeaderSize:]
 	switch {
 	case unit[0]&forbiddenZero != 0:
 	case kind <= h265LastSlice:
-		l.decide(l.hasRecovery || h265FirstIRAP <= kind && kind <= h265LastIRAP)
+		first := body[0]&0x80 != 0 // first_slice_segment_in_pic_flag. ISO 23008-2 7.3.6.1
+		l.decide(first && (l.hasRecovery || h265FirstIRAP <= kind && kind <= h265LastIRAP))
 	case !whole:
 	case kind == h265AccessUnit:
 		l.insert = l.endOf(unit)
