@@ -1,6 +1,7 @@
-// ISO 13818-1 on 188-byte packets: headers, program specific information and
-// its CRC. Nothing here does I/O or keeps time, and nothing trusts its input:
-// every accessor is defined for any 188 bytes.
+// ISO 13818-1 on 188-byte packets, reading and writing: headers, program specific
+// information and its CRC, timestamps, stream types by name. Nothing here does
+// I/O or keeps time, and nothing trusts its input: every accessor is defined for
+// any 188 bytes.
 
 package main
 
