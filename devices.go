@@ -1,11 +1,11 @@
 // The cameras and microphones of this machine, each with a name for its feed
 // and an ffmpeg line to paste.
 //
-// They are read from /sys, /dev and /proc below a root, so that a test can
-// show a machine of its own, and from cameras by ioctl (devices_linux.go).
-// What a device says of itself is hostile: only what can be printed is kept of
-// its names, and they are no part of a line to paste. A path in there is quoted
-// where a shell would mind.
+// They are read from /sys, /dev and /proc below a root directory, so that a
+// test can present a machine of its own, and from cameras by ioctl
+// (devices_linux.go). What a device reports is not trusted: of its names only
+// printable characters are kept, and no ffmpeg line contains them. Paths in an
+// ffmpeg line are quoted for the shell.
 
 package main
 
@@ -27,20 +27,20 @@ import (
 	"syscall"
 )
 
-// devices are what vw devices and GET /api/devices list.
+// devices is what vw devices and GET /api/devices list.
 type devices struct {
 	Cameras     []cameraInfo     `json:"cameras"`
 	Microphones []microphoneInfo `json:"microphones"`
 }
 
-// cameraInfo is a node of V4L2 that captures video.
+// cameraInfo is a V4L2 node that captures video.
 type cameraInfo struct {
 	Feed    string   `json:"feed"`
 	Name    string   `json:"name"`
-	Path    string   `json:"path"` // stable, where udev has given it a name; else as node
-	Node    string   `json:"node"` // as it is now
+	Path    string   `json:"path"` // the stable name that udev gave it; else Node
+	Node    string   `json:"node"` // its name in /dev now
 	Formats []format `json:"formats"`
-	Problem string   `json:"problem,omitempty"` // why it cannot be used as it is
+	Problem string   `json:"problem,omitempty"` // why it cannot be used now
 	FFmpeg  string   `json:"ffmpeg"`
 }
 
@@ -51,21 +51,21 @@ type format struct {
 	Sizes  []size `json:"sizes"`
 }
 
-// size is in pixels; with a maximum it is all sizes from the one to the other.
+// size is a frame size in pixels. With a maximum it stands for all sizes up to that.
 type size struct {
 	Width     int       `json:"width"`
 	Height    int       `json:"height"`
 	MaxWidth  int       `json:"maxWidth,omitempty"`
 	MaxHeight int       `json:"maxHeight,omitempty"`
 	Rates     []float64 `json:"rates"`             // pictures a second, the highest first
-	AnyRate   bool      `json:"anyRate,omitempty"` // and any between the two
+	AnyRate   bool      `json:"anyRate,omitempty"` // and any rate between the two
 }
 
 // microphoneInfo is a capture device of an ALSA card.
 type microphoneInfo struct {
 	Feed    string `json:"feed"`
 	Name    string `json:"name"`
-	Card    string `json:"card"` // its id, which is stable
+	Card    string `json:"card"` // its id in ALSA, which is stable
 	Device  int    `json:"device"`
 	Node    string `json:"node"`
 	Problem string `json:"problem,omitempty"`
@@ -75,7 +75,7 @@ type microphoneInfo struct {
 var errNotLinux = errors.New("devices are listed on Linux only, this is " + runtime.GOOS)
 
 // listDevices lists the devices of the machine whose files are below root.
-// Their lines post to vw on port.
+// Their ffmpeg lines post to vw on port.
 func listDevices(root string, port int) (devices, error) {
 	if runtime.GOOS != "linux" {
 		return devices{}, errNotLinux
@@ -94,10 +94,11 @@ func listDevices(root string, port int) (devices, error) {
 	return d, nil
 }
 
-// listCameras lists cameras by their stable names, then those without one.
+// listCameras returns cameras in the order of their stable names, then those
+// without one.
 func listCameras(root string) []cameraInfo {
 	const class = "sys/class/video4linux"
-	nodes, _ := os.ReadDir(filepath.Join(root, class)) // not there: no camera ever was
+	nodes, _ := os.ReadDir(filepath.Join(root, class)) // it does not exist until a camera was plugged in
 	byID, byPath := links(root, "/dev/v4l/by-id"), links(root, "/dev/v4l/by-path")
 	all := []cameraInfo{}
 	for _, n := range nodes {
@@ -112,7 +113,7 @@ func listCameras(root string) []cameraInfo {
 			continue
 		case err != nil:
 			if attribute(root, class, n.Name(), "index") != "0" {
-				continue // most likely the metadata of another node
+				continue // most likely the metadata node of a camera
 			}
 			c.Problem = problem(err, "video")
 		default:
@@ -125,7 +126,7 @@ func listCameras(root string) []cameraInfo {
 		all = append(all, c)
 	}
 	slices.SortFunc(all, func(a, b cameraInfo) int {
-		// /dev/v4l/by-id is before by-path, and both are before /dev/video.
+		// /dev/v4l/by-id sorts before by-path, and both before /dev/video.
 		if a.Path == a.Node && b.Path == b.Node {
 			return cmp.Or(cmp.Compare(len(a.Node), len(b.Node)), cmp.Compare(a.Node, b.Node))
 		}
@@ -134,11 +135,11 @@ func listCameras(root string) []cameraInfo {
 	return all
 }
 
-// errNoCamera: a node that does not capture video.
+// errNoCamera is the error of a node that does not capture video.
 var errNoCamera = errors.New("it does not capture video")
 
 // links returns the names that udev has put into dir, by the nodes that they
-// are for. Names that cannot be shown as they are do not count.
+// lead to. It ignores names that cannot be printed as they are.
 func links(root, dir string) map[string]string {
 	names := make(map[string]string)
 	entries, _ := os.ReadDir(filepath.Join(root, dir))
@@ -151,7 +152,7 @@ func links(root, dir string) map[string]string {
 	return names
 }
 
-// problem says what to do about a device that cannot be opened.
+// problem returns what to do about a device that cannot be opened.
 func problem(err error, group string) string {
 	switch {
 	case errors.Is(err, fs.ErrPermission):
@@ -164,7 +165,8 @@ func problem(err error, group string) string {
 	return err.Error()
 }
 
-// listMicrophones lists what captures sound, by the ids of the cards.
+// listMicrophones returns the devices that capture sound, in the order of their
+// cards' ids.
 func listMicrophones(root string) []microphoneInfo {
 	const class = "sys/class/sound"
 	nodes, _ := os.ReadDir(filepath.Join(root, class))
@@ -208,8 +210,8 @@ func cardNames(root string) map[int]string {
 	return names
 }
 
-// inUse tells whether all of what a device can record at once is being
-// recorded. To open it would tell too, but keep others out meanwhile.
+// inUse reports whether every substream of a capture device is open. Opening the
+// device would tell too, but would keep others out meanwhile.
 func inUse(root string, card, device int) bool {
 	all, _ := filepath.Glob(filepath.Join(root, fmt.Sprintf("proc/asound/card%d/pcm%dc/sub*/status", card, device)))
 	for _, name := range all {
@@ -220,7 +222,7 @@ func inUse(root string, card, device int) bool {
 	return len(all) > 0
 }
 
-// attribute reads a file of /sys that has one line; "" if there is none.
+// attribute returns the one line of a file in /sys; "" if it cannot be read.
 func attribute(root string, elem ...string) string {
 	b, _ := os.ReadFile(filepath.Join(root, filepath.Join(elem...)))
 	return strings.TrimSuffix(string(b), "\n")
@@ -237,29 +239,29 @@ const (
 	audioOutput = "-f mpegts -codec:a mp2 -b:a 128k -muxdelay 0.001"
 )
 
-// A camera is used as near to this size as it can be.
+// The frame size that is wanted of a camera; the nearest one is used.
 const wantWidth, wantHeight = 640, 480
 
-// inputs are the formats that ffmpeg's v4l2 reads, with its names for them.
-// The best is first: a raw one with colours, then what must be decoded.
+// inputs are the formats that ffmpeg's v4l2 input reads, with its names for
+// them, the best first: raw ones in colour, then those that must be decoded.
 var inputs = []struct{ fourCC, name string }{
 	{"YUYV", "yuyv422"}, {"UYVY", "uyvy422"}, {"YU12", "yuv420p"}, {"NV12", "nv12"}, {"422P", "yuv422p"},
 	{"RGB3", "rgb24"}, {"BGR3", "bgr24"}, {"MJPG", "mjpeg"}, {"JPEG", "mjpeg"}, {"H264", "h264"}, {"GREY", "gray"},
 }
 
-// mpegRates are the pictures a second that MPEG-1 has, the best first.
+// mpegRates are the frame rates of MPEG-1, the best first.
 // ISO 11172-2 2.4.3.2
 var mpegRates = []float64{25, 30, 24, 29.97, 23.976, 50, 60, 59.94}
 
-// choice is how ffmpeg uses a camera.
+// choice is the format, size and rate that ffmpeg asks a camera for.
 type choice struct {
 	input         string
 	width, height int
 	rate          float64 // 0: not known
 }
 
-// pick chooses the size nearest to what we want, in a format that comes at a
-// full rate, and of these the best. false: ffmpeg reads no format of it.
+// pick chooses the size nearest to the wanted one, then a format that comes at a
+// full rate, then the best format. It is false if ffmpeg reads none of them.
 func (c *cameraInfo) pick() (choice, bool) {
 	var best choice
 	var least []int
@@ -289,12 +291,12 @@ func (c *cameraInfo) pick() (choice, bool) {
 	return best, least != nil
 }
 
-// nearest is what s has that is nearest to the size we want.
+// nearest returns the size in s that is nearest to the wanted one.
 func (s size) nearest() (width, height int) {
 	return max(s.Width, min(wantWidth, s.MaxWidth)), max(s.Height, min(wantHeight, s.MaxHeight))
 }
 
-// rate is the best of s, 0 if none is known.
+// rate returns the best rate of s; 0 if none is known.
 func (s size) rate() float64 {
 	if len(s.Rates) == 0 {
 		return 0
@@ -353,7 +355,7 @@ func shellLine(args ...string) string {
 	return line
 }
 
-// shellQuote makes one word of s for a POSIX shell, quoted where it must be.
+// shellQuote returns s as one word for a POSIX shell, quoted where needed.
 func shellQuote(s string) string {
 	if s != "" && !strings.ContainsFunc(s, func(r rune) bool {
 		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("/._-:=,+@", r))
@@ -363,11 +365,11 @@ func shellQuote(s string) string {
 	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
 }
 
-// decimal writes pictures a second.
+// decimal formats a frame rate.
 func decimal(rate float64) string { return strconv.FormatFloat(rate, 'f', -1, 64) }
 
-// perSecond is the rate of a frame interval in seconds, to three decimals;
-// 0 if it makes no sense.
+// perSecond returns the rate of a frame interval in seconds, to three decimals;
+// 0 if the interval is invalid.
 func perSecond(numerator, denominator uint32) float64 {
 	if numerator == 0 {
 		return 0
@@ -375,7 +377,7 @@ func perSecond(numerator, denominator uint32) float64 {
 	return math.Round(float64(denominator)/float64(numerator)*1000) / 1000
 }
 
-// text writes d for people.
+// text prints d for people to read.
 func (d devices) text(w io.Writer) {
 	for _, c := range d.Cameras {
 		fmt.Fprintf(w, "%s: %q\n    %s", c.Feed, c.Name, c.Path)
@@ -389,11 +391,11 @@ func (d devices) text(w io.Writer) {
 				fmt.Fprintf(w, "        %s\n", s)
 			}
 		}
-		ending(w, c.Problem, c.FFmpeg)
+		printLine(w, c.Problem, c.FFmpeg)
 	}
 	for _, m := range d.Microphones {
 		fmt.Fprintf(w, "%s: %q\n    card %s, device %d, now %s\n", m.Feed, m.Name, m.Card, m.Device, m.Node)
-		ending(w, m.Problem, m.FFmpeg)
+		printLine(w, m.Problem, m.FFmpeg)
 	}
 	if len(d.Cameras) == 0 {
 		fmt.Fprintln(w, "no camera on this machine")
@@ -403,7 +405,8 @@ func (d devices) text(w io.Writer) {
 	}
 }
 
-func ending(w io.Writer, problem, line string) {
+// printLine prints the end of a device's entry: what is wrong, and the ffmpeg line.
+func printLine(w io.Writer, problem, line string) {
 	if problem != "" {
 		fmt.Fprintf(w, "    problem: %s\n", problem)
 	}
@@ -428,7 +431,7 @@ func (s size) String() string {
 	return text + " at " + strings.Join(rates, ", ") + "/s"
 }
 
-// printDevices is vw devices; it returns the exit status.
+// printDevices runs vw devices, and returns the exit status.
 func printDevices(asJSON bool, port int, stdout, stderr io.Writer) int {
 	d, err := listDevices("/", port)
 	if err != nil {

@@ -36,7 +36,7 @@ type v4l2FmtDesc struct {
 	reserved    [3]uint32
 }
 
-// v4l2FrmSizeEnum has a union: of a discrete size there are only the first two.
+// v4l2FrmSizeEnum has a union: a discrete size fills the first two sizes alone.
 type v4l2FrmSizeEnum struct {
 	index       uint32
 	pixelFormat uint32
@@ -45,7 +45,7 @@ type v4l2FrmSizeEnum struct {
 	reserved    [2]uint32
 }
 
-// v4l2FrmIvalEnum has a union: of a discrete interval there is only the first.
+// v4l2FrmIvalEnum has a union: a discrete interval fills the first alone.
 type v4l2FrmIvalEnum struct {
 	index       uint32
 	pixelFormat uint32
@@ -70,16 +70,16 @@ const (
 	v4l2Discrete            = 1 // V4L2_FRMSIZE_TYPE_, V4L2_FRMIVAL_TYPE_
 )
 
-// A driver that goes on for ever is not followed.
+// Bounds for a driver whose lists do not end.
 const (
 	maxFormats   = 64
 	maxSizes     = 256 // of a format
 	maxIntervals = 64  // of a size
 )
 
-// queryCamera asks a node for its name and formats; errNoCamera if it does not
-// capture video. It opens the node as ffmpeg will, so that what keeps ffmpeg
-// out is known, and does not disturb who reads it.
+// queryCamera returns the name and formats of a node, or errNoCamera if it does
+// not capture video. It opens the node as ffmpeg will, to learn what would keep
+// ffmpeg out, and does not disturb a program that reads it.
 func queryCamera(path string) (name string, formats []format, err error) {
 	fd, err := syscall.Open(path, syscall.O_RDWR|syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
 	if err != nil {
@@ -101,7 +101,7 @@ func queryCamera(path string) (name string, formats []format, err error) {
 	for i := range uint32(maxFormats) {
 		d := v4l2FmtDesc{index: i, typ: v4l2BufTypeVideoCapture}
 		if ioctl(fd, vidiocEnumFmt, unsafe.Pointer(&d)) != nil {
-			break // the end, or as good as
+			break // the end of the list
 		}
 		code := binary.LittleEndian.AppendUint32(nil, d.pixelFormat)
 		formats = append(formats, format{strings.TrimRight(printable(string(code)), " "), cString(d.description[:]), querySizes(fd, d.pixelFormat)})
@@ -124,7 +124,7 @@ func querySizes(fd int, pixelFormat uint32) []size {
 		s.Rates, s.AnyRate = queryRates(fd, pixelFormat, uint32(w), uint32(h))
 		all = append(all, s)
 		if e.typ != v4l2Discrete {
-			break // there is no other
+			break // it covers all sizes
 		}
 	}
 	return all
@@ -158,7 +158,7 @@ func queryRates(fd int, pixelFormat, width, height uint32) (all []float64, any b
 	return all, any && len(all) == 2
 }
 
-// cString is what b holds up to a zero, as far as it can be printed.
+// cString returns the printable text in b up to the first zero.
 func cString(b []byte) string {
 	b, _, _ = bytes.Cut(b, []byte{0})
 	return printable(string(b))

@@ -189,7 +189,8 @@ func readUnits(dir string) (map[string]string, error) {
 	return folder, nil
 }
 
-// printUnits is vw units; dir is "" to print them. It returns the exit status.
+// printUnits runs vw units DIR, or prints the units if dir is "". It returns the
+// exit status.
 func printUnits(dir string, port int, stdout, stderr io.Writer) int {
 	m := &unitMaker{port: port}
 	var err error
