@@ -216,6 +216,7 @@ var encoders = []encoder{
 // clip makes 3 s of pictures; two tests may ask for the same.
 func (e encoder) clip(t *testing.T) pictures {
 	t.Helper()
+	needs(t, "ffmpeg") // a Once must not be left by a test that ends in it
 	made, _ := encoded.LoadOrStore(e.name, sync.OnceValue(func() []byte {
 		return runFFmpeg(t, strings.Fields("-f lavfi -i testsrc2=size=160x128:rate=25 -t 3"), strings.Fields(e.args), strings.Fields("-threads 1 -f mpegts -"))
 	}))

@@ -216,7 +216,7 @@ func TestMute(t *testing.T) {
 			tasks.Go(func() { load(ctx, r, "video0") })
 			tasks.Go(func() { load(ctx, r, "audio0") })
 			var marks []int // bytes written when a mute returned, when unmute was called, and so on
-			rounds := scaled(200, 1000, 1000)
+			rounds := scaled(100, 1000, 1000)
 			slowest := mutes(t, mute, rounds, 5*time.Millisecond, heard, func(bool) { marks = append(marks, conn.Load().len()) })
 			if slowest > 100*time.Millisecond {
 				t.Errorf("a call took %v, want 100 ms at most", slowest)

@@ -117,7 +117,7 @@ func TestSecretErrors(t *testing.T) {
 		{`"destination":"ws://relay","headers":{"origin":"SECRET"}`, "Origin: it is vw's own"},
 		{`"destination":"ws://relay","headers":{"upgrade":"SECRET"}`, "Upgrade: it is vw's own"},
 		{`"destination":"ws://relay","headers":{"connection":"SECRET"}`, "Connection: it is vw's own"},
-		{`"destination":"ws://relay","headers":{"sec-websocket-protocol":"SECRET"}`, "it is vw's own"},
+		{`"destination":"ws://relay","headers":{"sec-websocket-key":"SECRET"}`, "it is vw's own"},
 		{`"destination":"ws://relay","headers":["SECRET"]`, "object of strings"},
 		{`"destination":"ws://relay","headers":{"X":["SECRET"]}`, "object of strings"},
 		{`"destination":"ws://relay","headers":{` + strings.Repeat(`"X":"SECRET",`, 3) + `"A":"1","B":"1","C":"1","D":"1","E":"1","F":"1","G":"1","H":"1","I":"1","J":"1","K":"1","L":"1","M":"1","N":"1","O":"1","P":"1"}`, "17, at most 16"},
