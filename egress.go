@@ -205,6 +205,7 @@ type destination struct {
 	setLive  func()        // closes live, once
 
 	mu   sync.Mutex
+	seen bool        // viewers at the relay have seen what came since the keyframe
 	sub  *subscriber // the queue of the open connection; nil: there is none
 	past counters    // of the connections before it
 }
@@ -230,7 +231,10 @@ func (d *destination) send(ctx context.Context, l *link) error {
 	s := l.subscribe(d.maxLag)
 	s.whenLive(d.setLive)
 	d.mu.Lock()
-	d.sub = s
+	if !d.seen {
+		s.wantReplay()
+	}
+	d.sub, d.seen = s, true
 	d.mu.Unlock()
 	c, err := l.deliver(ctx, d.mux, d.rule.Stream, s, func() {
 		if ctx.Err() != nil {
@@ -312,6 +316,9 @@ type running struct {
 // latest 2 s after they were replaced; was may be nil.
 func startBeside(ctx context.Context, tasks *sync.WaitGroup, was *running, d *destination) *running {
 	is := &running{destination: d}
+	if was != nil {
+		d.seen = was.url.Host == d.url.Host && was.url.Path == d.url.Path
+	}
 	d.start(ctx, tasks)
 	if was == nil {
 		return is

@@ -89,7 +89,9 @@ func (m *media) getTS(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
 	defer context.AfterFunc(m.ctx, func() { cancel(errShutdown) })()
-	_, err = l.deliver(ctx, m.mux, name, l.subscribe(m.maxLag), nil)
+	sub := l.subscribe(m.maxLag)
+	sub.wantReplay()
+	_, err = l.deliver(ctx, m.mux, name, sub, nil)
 	l.log.Info("reader left", "err", err)
 }
 
@@ -164,7 +166,9 @@ func (m *media) out(w http.ResponseWriter, r *http.Request) {
 	log := m.log.With("stream", name, "remote", r.RemoteAddr)
 	m.upgrade(w, r, log, func(l *link) error {
 		log.Info("reader arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
-		_, err := l.deliver(m.ctx, m.mux, name, l.subscribe(m.maxLag), nil)
+		sub := l.subscribe(m.maxLag)
+		sub.wantReplay()
+		_, err := l.deliver(m.ctx, m.mux, name, sub, nil)
 		return err
 	})
 }

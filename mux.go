@@ -141,7 +141,8 @@ func (x *mux) join(name string, s *subscriber) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if isStream(name) {
-		x.stream(name).join(s)
+		at := time.Now()
+		x.stream(name).join(s, at, x.now(at))
 		return
 	}
 	x.feed(name).join(s)
@@ -570,6 +571,7 @@ func (st *stream) publish(m *message, at time.Time, now ticks, anew bool) {
 	}
 	if opened || anew || m.info.lost {
 		src.renew()
+		src.replay.clear()
 	}
 	info.hasPAT, info.anew = true, opened
 	if st.remux.follow(src, m.info.program) || m.info.key || now-st.remux.sent >= psiEvery {
@@ -583,6 +585,7 @@ func (st *stream) publish(m *message, at time.Time, now ticks, anew bool) {
 		out.feed, out.has, out.kinds.program = m.feed, m.has, m.info.program
 		src.kinds(&m.kinds, &out.kinds)
 		out.opening = src.opening(out)
+		src.keep(out, m)
 		st.offer(out)
 		out.release()
 	}
@@ -592,6 +595,7 @@ func (st *stream) publish(m *message, at time.Time, now ticks, anew bool) {
 func (st *stream) publishMuted(src *source, m *message, at time.Time, now ticks, anew bool) {
 	if anew || m.info.lost {
 		src.renew()
+		src.replay.clear()
 	}
 	if now-st.remux.sent >= psiEvery && len(st.remux.psi) > 0 {
 		st.sendPSI(at, now)
@@ -631,6 +635,7 @@ func (st *stream) setFeeds(feeds, removed []string, at time.Time, now ticks) (en
 			}
 		}
 	}
+	st.forgetReplays()
 	if st.remux.arrange(feeds, at) && len(st.remux.psi) > 0 {
 		st.sendPSI(at, now)
 	}
@@ -643,27 +648,43 @@ func (st *stream) setMuting(m muting, queued *sift, at time.Time, now ticks) (en
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	ended = muteQueued(st.subs, queued)
+	st.forgetReplays()
 	if st.remux.block(m.blocked) && len(st.remux.psi) > 0 {
 		st.sendPSI(at, now)
 	}
 	return ended
 }
 
-// join makes s a reader, which gets the last PSI first.
-func (st *stream) join(s *subscriber) {
+// join makes s a reader, which gets the last PSI first, and a new one the first
+// picture of each video.
+func (st *stream) join(s *subscriber, at time.Time, now ticks) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if len(st.remux.psi) > 0 {
-		m := newMessage(st.remux.psi, time.Now(), chunkInfo{start: true, hasPAT: true})
+		m := newMessage(appendPCR(slices.Clip(st.remux.psi), st.remux.pcr), at, chunkInfo{start: true, hasPAT: true})
 		s.offer(m)
 		m.release()
 	}
+	isNew := s.isNew()
 	for _, src := range st.remux.sources {
 		if src.gate.open {
 			s.expect(src.feed)
 		}
+		if !isNew {
+			continue
+		}
+		if pictures := src.replays(at, now); pictures != nil {
+			s.replay(src.feed, pictures, at)
+		}
 	}
 	st.subs = append(st.subs, s)
+}
+
+// forgetReplays makes nothing be replayed that came until now; mu is held.
+func (st *stream) forgetReplays() {
+	for _, src := range st.remux.sources {
+		src.replay.clear()
+	}
 }
 
 func (st *stream) leave(s *subscriber) {

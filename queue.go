@@ -28,6 +28,7 @@ type message struct {
 	kinds   kindReader // as it is before the first packet
 	has     kindSet    // kinds of tracks in it
 	muted   bool       // it had some, and all of them are muted
+	replays replayRole // what it is in a replay
 
 	frame []byte // header and payload of the bare form
 	size  int    // bytes of payload
@@ -100,6 +101,11 @@ func (m *message) asOpening() *message {
 		return m.opening
 	}
 	return m
+}
+
+// isWatchable reports whether a viewer who gets m can watch from there on.
+func (m *message) isWatchable() bool {
+	return m.replays == replayEnd || m.info.key || m.info.start && (!m.info.hasVideo || m.info.blind)
 }
 
 // preface returns the packets to send before m when a gate opens: the PSI of a
@@ -197,6 +203,11 @@ type subscriber struct {
 	draining bool             // takes nothing new
 	lagged   uint64           // dropped since the reader last kept up
 	counters counters
+
+	wantsReplay bool      // the reader has seen nothing of the stream
+	replayed    time.Time // when it got a replay
+	replaySize  int       // bytes of that
+	replayLeft  int       // bytes of it that are queued
 }
 
 // newSubscriber returns an empty queue. interrupt makes a write in progress
@@ -222,6 +233,47 @@ func (s *subscriber) whenLive(f func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.onLive = f
+}
+
+// wantReplay makes s get the first picture at once when it joins a stream: the
+// reader has seen nothing of it. It is called before that.
+func (s *subscriber) wantReplay() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.wantsReplay = true
+}
+
+// isNew reports whether s is to get a replay.
+func (s *subscriber) isNew() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.wantsReplay
+}
+
+// replay queues what a feed's video has shown since its keyframe. Its gate is
+// open then.
+func (s *subscriber) replay(feed string, pictures []*message, at time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.gates[feed] = &gate{open: true}
+	s.replayed = at
+	for _, m := range pictures {
+		s.counters.published++
+		s.push(m)
+		s.replaySize += m.size
+		s.replayLeft += m.size
+	}
+	s.wake()
+}
+
+// isTooSlow reports whether the reader will not have taken its replay within
+// maxAge: a link that is narrow is no worse off than without one.
+func (s *subscriber) isTooSlow(now time.Time) bool {
+	if s.replayLeft == 0 {
+		return false
+	}
+	took, done := now.Sub(s.replayed), s.replaySize-s.replayLeft
+	return took > s.maxAge/replayPatience && float64(took)*float64(s.replaySize) > float64(s.maxAge)*float64(done)
 }
 
 // wakeups returns the channel that holds a token when there may be something
@@ -303,19 +355,28 @@ func (s *subscriber) remove(lo int, why func(item) cause) {
 			rest = append(rest, it)
 		} else {
 			s.counters.dropped[c]++
-			s.bytes -= it.size
-			it.release()
+			s.letGo(it)
 		}
 	}
 	clear(s.items[len(rest):])
 	s.items = rest
 }
 
+// letGo ends the hold of an item that is no longer queued.
+func (s *subscriber) letGo(it item) {
+	s.bytes -= it.size
+	if it.replays != noReplay {
+		s.replayLeft -= it.size
+	}
+	it.release()
+}
+
 // trim drops what is too old or too much, and what cannot be decoded without
 // it: all up to the feed's next keyframe, queued already or yet to come.
 func (s *subscriber) trim(now time.Time) {
 	lo := s.droppable()
-	if lo == len(s.items) || now.Sub(s.items[lo].at) <= s.maxAge && s.bytes <= maxQueue {
+	tooSlow := s.isTooSlow(now)
+	if lo == len(s.items) || now.Sub(s.items[lo].at) <= s.maxAge && s.bytes <= maxQueue && !tooSlow {
 		return
 	}
 	most := maxQueue
@@ -327,7 +388,7 @@ func (s *subscriber) trim(now time.Time) {
 	for _, it := range s.items[lo:] {
 		why, g := kept, cut[it.feed]
 		switch {
-		case now.Sub(it.at) > s.maxAge:
+		case now.Sub(it.at) > s.maxAge || tooSlow && it.replays != noReplay:
 			why = dropLag
 		case s.bytes > most:
 			why = dropBytes
@@ -343,12 +404,11 @@ func (s *subscriber) trim(now time.Time) {
 			continue
 		}
 		s.counters.dropped[why]++
-		s.bytes -= it.size
 		s.lagged++
 		if g == nil {
 			cut[it.feed] = &gate{since: it.at}
 		}
-		it.release()
+		s.letGo(it)
 	}
 	clear(s.items[len(rest):])
 	s.items = rest
@@ -429,16 +489,15 @@ func (s *subscriber) wrote(n int) progress {
 		}
 		n -= size
 		done++
-		s.bytes -= it.size
 		s.counters.delivered++
 		s.counters.bytes += uint64(it.size)
 		s.counters.frames += uint64(it.info.frames)
-		if s.onLive != nil && it.feed != "" && (it.info.key || it.info.start && (!it.info.hasVideo || it.info.blind)) {
+		if s.onLive != nil && it.feed != "" && it.isWatchable() {
 			if delete(s.expected, it.feed); len(s.expected) == 0 {
 				s.onLive()
 			}
 		}
-		it.release()
+		s.letGo(it)
 	}
 	s.begun, s.inFlight = n, 0
 	s.items = slices.Delete(s.items, 0, done)
@@ -519,8 +578,7 @@ func (s *subscriber) removeMuted(f *sift) {
 	for _, it := range s.items[lo:] {
 		if f.touches(it.message) {
 			m := f.apply(it.message)
-			s.bytes -= it.size
-			it.release()
+			s.letGo(it)
 			if m == nil {
 				s.counters.dropped[dropMuted]++
 				continue
@@ -675,4 +733,6 @@ type dropStats map[string]uint64
 const (
 	maxQueue   = 16 << 20 // bytes queued for one reader
 	noKeyframe = 5 * time.Second
+
+	replayPatience = 8 // the part of maxAge after which it is judged how fast a replay goes
 )

@@ -60,6 +60,7 @@ type source struct {
 	feed    string    // its name
 	since   time.Time // when it came into the stream
 	gate    gate
+	replay  replay
 	program *program
 	tracks  []*outTrack
 }
