@@ -659,11 +659,13 @@ func inNamespace(t *testing.T) bool {
 	if err != nil {
 		t.Fatal(err)
 	}
-	inner := exec.Command(unshare, "--map-root-user", "--net", self, "-test.run", "^"+t.Name()+"$", "-test.v", "-test.timeout", "5m")
+	inner := exec.Command(unshare, "--map-root-user", "--net", "--mount", self, "-test.run", "^"+t.Name()+"$", "-test.v", "-test.timeout", "5m")
 	inner.Env = append(os.Environ(), "VW_TEST_NAMESPACE=1")
 	out, err := inner.CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
 		t.Errorf("in the namespace: %v\n%s", err, out)
+	} else if testing.Verbose() {
+		t.Logf("in the namespace:\n%s", out)
 	}
 	return false
 }

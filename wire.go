@@ -74,27 +74,34 @@ func (w wire) unacked() int {
 type pace struct {
 	looked time.Time
 	rate   float64       // bytes a second; 0: not known
+	minRTT time.Duration // the shortest way there and back
 	delay  time.Duration // of a byte that is written now, beyond the shortest way
 }
 
-// look updates the estimate, if the last one is old enough.
+// look updates the estimate.
 func (c *pace) look(w wire, now time.Time) {
-	since := now.Sub(c.looked)
-	if since < paceEvery {
-		return
+	if since := now.Sub(c.looked); since >= paceEvery {
+		c.looked = now
+		c.lookAtRate(w, since)
 	}
-	c.looked = now
+	if c.delay = 0; c.time(maxBatch) > paceEvery/2 { // else it does not matter
+		c.delay = max(0, c.time(w.unacked())-c.minRTT)
+	}
+}
+
+// lookAtRate updates the rate, which was last looked at so long ago.
+func (c *pace) lookAtRate(w wire, since time.Duration) {
 	info, ok := w.info()
 	if !ok || info.rate == 0 {
 		return
 	}
+	c.minRTT = info.minRTT
 	// What a queue took in a burst is no rate: it may fall at once, and rises slowly.
 	share := min(float64(since)/float64(2*paceEvery), 1)
 	if float64(info.rate) > c.rate && c.rate > 0 {
 		share /= 4
 	}
 	c.rate += (float64(info.rate) - c.rate) * share
-	c.delay = max(0, c.time(w.unacked())-info.minRTT)
 }
 
 // time returns how long so many bytes take.
