@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"fmt"
 	"io"
@@ -11,6 +12,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/net/websocket"
 )
 
 // TestBackoff: how often relays that do not work are dialled in 60 s, and
@@ -493,4 +496,101 @@ func TestManyURLs(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitFor(t, "all connections to end", func() bool { return open.Load() == 0 })
+}
+
+// TestTakeOverToken: a new token for the same path, ten times, while somebody else sends
+// 3 Mbit/s there, which comes back to us: a viewer gets every frame once or twice,
+// and none late.
+func TestTakeOverToken(t *testing.T) {
+	notShort(t, "it takes 15 s")
+	t.Parallel()
+	_, relay := startTokenRelay(t, "127.0.0.1:0", "-secret", relaySecret)
+	member := func() *controller {
+		c := newController(t, "ws://"+relay+"/in/a")
+		if got := c.ask(t, relayToken("/in/a", time.Hour)); !strings.Contains(got, `"authorised":true`) {
+			t.Fatalf("got %s", got)
+		}
+		return c
+	}
+	viewer, other := member(), member()
+	var log logBuffer
+	r, ctx, tasks := realRules(t, &log)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	tasks.Go(func() { // what it gets is discarded
+		for {
+			if _, err := io.CopyN(io.Discard, other.Conn, 1<<20); err != nil {
+				return
+			}
+		}
+	})
+	defer other.Close()
+	tasks.Go(func() {
+		foreign := newMicrophone()
+		foreign.size, foreign.pid = 3700, 0x200
+		for ctx.Err() == nil {
+			if websocket.Message.Send(other.Conn, foreign.next()) != nil {
+				return
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	})
+	c := &bornCamera{camera: newCamera(), key: 20000, other: 6000}
+	var mu sync.Mutex
+	var all []seen
+	var at []time.Time
+	tasks.Go(func() {
+		br := bufio.NewReader(viewer.Conn) // x/net reads one fragment after the other
+		for {
+			b := make([]byte, packetSize)
+			if _, err := io.ReadFull(br, b); err != nil {
+				return
+			}
+			mu.Lock()
+			for _, s := range c.arrived(b) {
+				all, at = append(all, s), append(at, time.Now())
+			}
+			mu.Unlock()
+		}
+	})
+	defer viewer.Close()
+	set := func(lasts time.Duration) {
+		t.Helper()
+		rule := destinationRule{ID: "0", Stream: "video0", Destination: "ws://" + relay + "/in/a", Token: relayToken("/in/a", lasts)}
+		if _, err := r.setDestination(rule); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(time.Hour)
+	waitFor(t, "a connection", func() bool { return strings.Contains(log.String(), "msg=connected") })
+	tasks.Go(func() { c.film(ctx, r.mux, "video0") })
+	time.Sleep(time.Second)
+	for i := range 10 {
+		set(time.Hour + time.Duration(i+1)*time.Minute)
+		time.Sleep(1200 * time.Millisecond)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	times := make(map[int]int)
+	first, last := all[0].frame, 0
+	var gap time.Duration
+	for i, s := range all {
+		times[s.frame]++
+		if s.frame > last && i > 0 {
+			gap = max(gap, at[i].Sub(at[i-1]))
+		}
+		last = max(last, s.frame)
+	}
+	const maxGap = 300 * time.Millisecond // 80 ms where nothing else runs
+	twice := 0
+	for n := first; n <= last; n++ {
+		if times[n] != 1 && times[n] != 2 {
+			t.Errorf("frame %d came %d times", n, times[n])
+		}
+		twice += times[n] - 1
+	}
+	if n := strings.Count(log.String(), "level=WARN"); n > 0 || gap > maxGap || strings.Count(log.String(), `"destination set"`) != 11 {
+		t.Errorf("got a gap of %v, want %v at most, and the log\n%s", gap, maxGap, log.String())
+	}
+	t.Logf("%d frames, %d of them twice; the longest gap is %v", last-first+1, twice, gap)
 }

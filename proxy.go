@@ -44,16 +44,12 @@ func checkProxies(env []string) error {
 	return nil
 }
 
-// parseProxy parses the value of a proxy variable as net/http does: host:port
-// alone is an HTTP proxy.
+// parseProxy parses the value of a proxy variable; host:port alone is an HTTP proxy.
 func parseProxy(value string) (*url.URL, error) {
-	u, err := url.Parse(value)
-	if err != nil || u.Scheme == "" || u.Host == "" {
-		if u, err := url.Parse("http://" + value); err == nil {
-			return u, nil
-		}
+	if !strings.Contains(value, "://") {
+		value = "http://" + value
 	}
-	return u, err
+	return url.Parse(value)
 }
 
 // refusalError is a proxy's answer other than a connection.

@@ -17,7 +17,7 @@ needGo
 need ca-certificates=/etc/ssl/certs/ca-certificates.crt curl=curl openssl=openssl \
 	gcc=gcc libc6-dev=/usr/include/stdio.h python3=python3 npm=npm \
 	ffmpeg=ffmpeg ffmpeg=ffprobe chromium=chromium qemu-user-static=qemu-aarch64-static \
-	nginx-light=nginx haproxy=haproxy caddy=caddy tinyproxy-bin=tinyproxy prometheus=promtool \
+	nginx-light=nginx haproxy=haproxy caddy=caddy tinyproxy-bin=tinyproxy microsocks=microsocks prometheus=promtool \
 	iproute2=ip systemd=systemd-analyze
 
 set -x

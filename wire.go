@@ -114,7 +114,7 @@ func (c *pace) time(bytes int) time.Duration {
 
 // lateness returns how much older than it is a message of size bytes has to be
 // taken for, if it is written now and may be maxAge old. What arrives is then less
-// than twice that old, or as old as the message takes and 0.6 of maxAge.
+// than twice that old, or as old as the message takes and half of maxAge.
 func (c *pace) lateness(size int, maxAge time.Duration) time.Duration {
-	return c.delay + min(max(c.time(size)-maxAge*4/5, 0), maxAge/2)
+	return c.delay + min(max(c.time(size)-maxAge*3/4, 0), maxAge*3/5)
 }
