@@ -130,12 +130,12 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(w, r, notAllowed(w, r))
 		return
 	}
-	refuse(w, r, httpError{own.status, fmt.Sprintf("path %q: there is no such thing", r.URL.Path)})
+	refuse(w, r, httpError{own.status, fmt.Sprintf("nothing at %.200s; the page is at /, the calls are in docs/api.md", printable(r.URL.Path))})
 }
 
 // notAllowed is the error of a method that the Allow header does not list.
 func notAllowed(w http.ResponseWriter, r *http.Request) error {
-	return httpError{http.StatusMethodNotAllowed, fmt.Sprintf("%s %q: the methods here are %s", r.Method, r.URL.Path, w.Header().Get("Allow"))}
+	return httpError{http.StatusMethodNotAllowed, fmt.Sprintf("%s %q: method not allowed; allowed: %s", r.Method, r.URL.Path, w.Header().Get("Allow"))}
 }
 
 // muxAnswer keeps what ServeMux says of a request that matches no route.
@@ -201,6 +201,9 @@ func readBody(r *http.Request) ([]byte, error) {
 	}
 	if err != nil {
 		return nil, invalid("body: %v", err)
+	}
+	if len(b) == 0 {
+		return nil, invalid("the body is empty: a JSON rule is expected")
 	}
 	if len(b) > maxBody {
 		return nil, httpError{http.StatusRequestEntityTooLarge, fmt.Sprintf("body: more than %d bytes", maxBody)}

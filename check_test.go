@@ -263,7 +263,7 @@ func TestCheckDestination(t *testing.T) {
 	ask(s, fmt.Sprintf(`POST /api/destinations {"id":"a/silent","stream":"video0","destination":"ws://u:hidden@%s/in/x?code=hidden","token":"hidden1"}`, addr))
 	ask(s, `POST /api/destinations {"id":"refused","stream":"video0","destination":"ws://u:hidden@127.0.0.1:1/in/x"}`)
 	for _, tt := range []struct{ name, request, want string }{
-		{"no such destination", "POST /api/check/x", `404 {"error":"destination \"x\": `},
+		{"no such destination", "POST /api/check/x", `404 {"error":"destination \"x\" does not exist`},
 		{"no id", "POST /api/check/", `400 {"error":"id`},
 		{"another method", "GET /api/check/refused", "405 "},
 		{"a refused connection", "POST /api/check/refused", `200 "name `},

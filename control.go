@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"reflect"
 	"strings"
 )
 
@@ -70,17 +71,17 @@ func (s *commands) answers(message []byte, err error) iter.Seq[[]byte] {
 	return func(yield func([]byte) bool) {
 		d := json.NewDecoder(bytes.NewReader(message))
 		for n := 0; err == nil; n++ {
-			var command json.RawMessage
-			err = d.Decode(&command)
+			var text json.RawMessage
+			err = d.Decode(&text)
 			switch {
 			case err == io.EOF && n > 0:
 				return
 			case err != nil:
-				err = invalid("JSON: %.200s", err)
-			case command[0] != '{':
-				err = invalid("command %.40q: it must be an object", command)
+				err = invalidJSON(err, message, reflect.TypeFor[command]())
+			case text[0] != '{':
+				err = invalid("command %.40q: it must be an object", text)
 			default:
-				if a := s.answer(command); a != nil && !yield(a) {
+				if a := s.answer(text); a != nil && !yield(a) {
 					return
 				}
 			}
@@ -92,16 +93,16 @@ func (s *commands) answers(message []byte, err error) iter.Seq[[]byte] {
 // answer carries out one command, and returns its answer; nil: it was none for
 // this vw. Another vw on the same path sees our answers: if both answered what is
 // an answer or an error, they would never stop.
-func (s *commands) answer(command []byte) []byte {
+func (s *commands) answer(text []byte) []byte {
 	var with struct{ Verb, Ref, Error, From, To json.RawMessage }
-	json.Unmarshal(command, &with) // as much as there is
+	json.Unmarshal(text, &with) // as much as there is
 	switch {
 	case with.From != nil, with.Error != nil && with.Verb == nil:
 		return nil
 	case with.To != nil && (s.name == "" || string(encode(with.To)) != string(encode(s.name))):
 		return nil
 	}
-	v, err := s.do(command)
+	v, err := s.do(text)
 	if err != nil {
 		v = map[string]string{"error": err.Error()}
 	}
@@ -129,20 +130,23 @@ func withField(object []byte, name string, v any) []byte {
 	return fmt.Appendf(b, `%q:%s}`, name, encode(v))
 }
 
+// command is one command, as it is given.
+type command struct {
+	Verb  string          `json:"verb"`
+	What  string          `json:"what"`
+	Which string          `json:"which"`
+	Rule  json.RawMessage `json:"rule"`
+	Ref   json.RawMessage `json:"ref"`
+	To    json.RawMessage `json:"to"`
+}
+
 // do carries out one command. Its answer is an object.
-func (s *commands) do(command []byte) (any, error) {
-	if len(command) > maxBody {
+func (s *commands) do(text []byte) (any, error) {
+	if len(text) > maxBody {
 		return nil, invalid("command: more than %d bytes", maxBody)
 	}
-	var c struct {
-		Verb  string          `json:"verb"`
-		What  string          `json:"what"`
-		Which string          `json:"which"`
-		Rule  json.RawMessage `json:"rule"`
-		Ref   json.RawMessage `json:"ref"`
-		To    json.RawMessage `json:"to"`
-	}
-	if err := decode(command, &c); err != nil {
+	var c command
+	if err := decode(text, &c); err != nil {
 		return nil, err
 	}
 	if report := reports[c.Verb]; report != nil {

@@ -358,7 +358,7 @@ func shellLine(args ...string) string {
 // shellQuote returns s as one word for a POSIX shell, quoted where needed.
 func shellQuote(s string) string {
 	if s != "" && !strings.ContainsFunc(s, func(r rune) bool {
-		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("/._-:=,+@", r))
+		return !isLetterOrDigit(r) && !strings.ContainsRune("/._-:=,+@", r)
 	}) {
 		return s
 	}

@@ -301,7 +301,8 @@ func checkUpgrade(r *http.Request) error {
 	case !strings.EqualFold(r.Header.Get("Upgrade"), "websocket"),
 		!strings.Contains(strings.ToLower(r.Header.Get("Connection")), "upgrade"),
 		r.Header.Get("Sec-WebSocket-Version") != websocket.SupportedProtocolVersion:
-		return httpError{http.StatusUpgradeRequired, "this is a websocket of version 13: ask for an upgrade"}
+		_, name, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
+		return httpError{http.StatusUpgradeRequired, fmt.Sprintf("this address is for websockets of version 13 (relays, players); the same over HTTP: /ts/%.200s", printable(name))}
 	case r.Header.Get("Sec-WebSocket-Key") == "":
 		return invalid("Sec-WebSocket-Key is missing")
 	}
@@ -409,7 +410,7 @@ type httpError struct {
 func (e httpError) Error() string { return e.text }
 
 // errFull: vw has as many as it can have. Wrapped, it says of what.
-var errFull = errors.New("no more are allowed")
+var errFull = errors.New("limit reached")
 
 // refuse answers with an error. A body that is still coming is not waited for:
 // ffmpeg only notices the answer when the connection closes.

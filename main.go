@@ -376,7 +376,7 @@ func readSettings(env []string) (settings, []string, error) {
 		}
 		i := slices.IndexFunc(variables, func(v variable) bool { return name == v.name || name == v.also })
 		if i < 0 {
-			warnings = append(warnings, fmt.Sprintf("%s is not a setting; did you mean %s?", strconv.QuoteToASCII(name), nearest(name)))
+			warnings = append(warnings, fmt.Sprintf("%s is not a setting; did you mean %s?", strconv.QuoteToASCII(name), nearest(name, variableNames())))
 			continue
 		}
 		if allowed, ok := variables[i].read(&s, value); !ok {
@@ -397,37 +397,15 @@ func readSettings(env []string) (settings, []string, error) {
 	return s, warnings, nil
 }
 
-// nearest returns the variable whose name is fewest edits away.
-func nearest(name string) string {
-	best, least := "", 1<<30
+// variableNames returns the names of all settings.
+func variableNames() (names []string) {
 	for _, v := range variables {
-		for _, known := range []string{v.name, v.also} {
-			if d := edits(name, known); known != "" && d < least {
-				best, least = v.name, d
-			}
+		names = append(names, v.name)
+		if v.also != "" {
+			names = append(names, v.also)
 		}
 	}
-	return best
-}
-
-// edits is the Levenshtein distance of two names.
-func edits(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		corner := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := corner
-			if a[i] != b[j] {
-				cost = 1 + min(corner, row[j], row[j+1])
-			}
-			corner, row[j+1] = row[j+1], cost
-		}
-	}
-	return row[len(b)]
+	return names
 }
 
 // settingError: a setting can be read, but not done.

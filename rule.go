@@ -13,16 +13,19 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"maps"
 	"net"
 	"net/http"
 	"net/url"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 	"unicode"
+	"unicode/utf8"
 )
 
 const (
@@ -51,6 +54,9 @@ type streamRule struct {
 
 // clean returns the rule as it is stored.
 func (r streamRule) clean() (streamRule, error) {
+	if r.Stream == "" {
+		return streamRule{}, invalid(`"stream" is missing: a name such as "stream/front"`)
+	}
 	name, err := cleanStream(r.Stream)
 	if err != nil {
 		return streamRule{}, err
@@ -67,7 +73,7 @@ func (r streamRule) clean() (streamRule, error) {
 			return streamRule{}, err
 		}
 		if slices.Contains(feeds, f) {
-			return streamRule{}, invalid("stream %q: the feed %q is there twice", name, f)
+			return streamRule{}, invalid("stream %q: the feed %q is listed twice", name, f)
 		}
 		feeds = append(feeds, f)
 	}
@@ -141,6 +147,14 @@ type destinationRule struct {
 // clean returns the rule as it is stored, and its URL.
 func (r destinationRule) clean() (destinationRule, *url.URL, error) {
 	none := destinationRule{}
+	switch "" {
+	case string(r.ID):
+		return none, nil, invalid(`"id" is missing: any name for this destination, such as "0"`)
+	case r.Stream:
+		return none, nil, invalid(`"stream" is missing: the feed or stream to send, such as "video0"`)
+	case r.Destination:
+		return none, nil, invalid(`"destination" is missing: the URL of the relay, such as "wss://relay.example/in/video0"`)
+	}
 	name, err := cleanName("id", string(r.ID))
 	if err != nil {
 		return none, nil, err
@@ -416,13 +430,13 @@ func (h *headers) UnmarshalJSON(b []byte) error {
 		_, twice := clean[canonical]
 		switch {
 		case name == "" || len(name) > maxField || strings.ContainsFunc(name, func(c rune) bool {
-			return !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.ContainsRune("!#$%&'*+-.^_`|~", c))
+			return !isLetterOrDigit(c) && !strings.ContainsRune("!#$%&'*+-.^_`|~", c)
 		}):
 			return fmt.Errorf("header %.40q: not the name of a header", name)
 		case slices.Contains(ownHeaders, canonical) || strings.HasPrefix(canonical, "Sec-Websocket-") && canonical != "Sec-Websocket-Protocol":
 			return fmt.Errorf("header %s: it is vw's own in a handshake", canonical)
 		case twice:
-			return fmt.Errorf("header %s: it is there twice", canonical)
+			return fmt.Errorf("header %s is listed twice", canonical)
 		case value == "" || len(value) > maxField || value != strings.TrimSpace(value) || strings.ContainsFunc(value, func(c rune) bool { return c < ' ' || c > '~' }):
 			return fmt.Errorf("header %s: its value must be 1 to %d ASCII characters, without control characters, and no space around it", canonical, maxField)
 		}
@@ -457,7 +471,7 @@ func cleanName(kind, name string) (string, error) {
 	}
 	for segment := range strings.SplitSeq(name, "/") {
 		if segment == "" || segment == "." || segment == ".." || strings.ContainsFunc(segment, func(r rune) bool {
-			return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("._-", r))
+			return !isLetterOrDigit(r) && !strings.ContainsRune("._-", r)
 		}) {
 			return "", invalid("%s %q: a name is segments of A-Z a-z 0-9 . _ - joined by /, none of them empty, . or ..", kind, name)
 		}
@@ -478,7 +492,7 @@ func cleanFeed(name string) (string, error) {
 func cleanStream(name string) (string, error) {
 	name, err := cleanName("stream", name)
 	if err == nil && !isStream(name) {
-		return "", invalid("stream %q: the name of a stream begins with stream/", name)
+		return "", invalid("stream %q: the name of a stream begins with stream/; did you mean %q?", name, "stream/"+name)
 	}
 	return name, err
 }
@@ -495,8 +509,8 @@ func cleanURL(raw string) (*url.URL, error) {
 		return nil, invalid("destination %.100q: the URL has %d bytes, at most %d are allowed", shown, len(raw), maxURL)
 	case err != nil || !isVisible(raw):
 		return nil, invalid("destination %.100q: not a URL", shown)
-	case u.Scheme != "ws" && u.Scheme != "wss" && u.Scheme != "http" && u.Scheme != "https":
-		return nil, invalid("destination %.100q: the scheme is %q, it must be ws or wss, or with a token http or https", shown, u.Scheme)
+	case !slices.Contains([]string{"ws", "wss", "http", "https"}, u.Scheme):
+		return nil, invalid("destination %.100q: the URL must begin with ws:// or wss://%s", shown, withScheme(shown))
 	case u.Hostname() == "":
 		return nil, invalid("destination %.100q: the host is missing", shown)
 	case u.Fragment != "" || strings.Contains(raw, "#"): // RFC 6455 3
@@ -505,6 +519,18 @@ func cleanURL(raw string) (*url.URL, error) {
 		return nil, invalid("destination %.100q: the port is %s, it must be 1 to 65535", shown, u.Port())
 	}
 	return u, nil
+}
+
+// withScheme is the hint for a URL whose scheme is missing, or not known.
+func withScheme(shown string) string {
+	_, rest, known := strings.Cut(shown, "://")
+	if !known {
+		rest = strings.TrimLeft(shown, "/")
+	}
+	if u, err := url.Parse("ws://" + rest); err != nil || u.Hostname() == "" || rest == "…" {
+		return ""
+	}
+	return fmt.Sprintf("; did you mean ws://%.100s?", rest)
 }
 
 // withoutSecrets is what an error may say of a URL, which need not be one: no
@@ -549,6 +575,11 @@ func validPort(s string) bool {
 	return err == nil && strings.Trim(s, "0") != ""
 }
 
+// isLetterOrDigit reports whether c is one of ASCII.
+func isLetterOrDigit(c rune) bool {
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9'
+}
+
 // isVisible tells whether s is printable ASCII without spaces.
 func isVisible(s string) bool {
 	return !strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r >= 0x7f })
@@ -564,17 +595,138 @@ func printable(s string) string {
 	}, s)
 }
 
-// decode reads exactly one JSON value, without fields that v has not.
+// decode reads exactly one JSON value, without fields that v, a pointer to a
+// struct, does not have.
 func decode(b []byte, v any) error {
+	b = bytes.TrimPrefix(b, []byte("\ufeff")) // some editors and shells begin with it
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
 	if err := d.Decode(v); err != nil {
-		return invalid("JSON: %.200s", strings.TrimPrefix(err.Error(), "json: "))
+		return invalidJSON(err, b, reflect.TypeOf(v).Elem())
 	}
 	if len(bytes.TrimSpace(b[d.InputOffset():])) > 0 {
-		return invalid("JSON: more after the end of the rule, from byte %d on", d.InputOffset()) // not what: it may be a secret
+		return invalid("more after the end of the JSON, which is at byte %d", d.InputOffset()) // not what: it may be a secret
 	}
 	return nil
+}
+
+// invalidJSON says what is wrong with b, which should be a t, in the words of
+// who wrote it. It does not quote values, which may be secret.
+func invalidJSON(err error, b []byte, t reflect.Type) error {
+	var syntax *json.SyntaxError
+	var kind *json.UnmarshalTypeError
+	name, unknown := strings.CutPrefix(err.Error(), "json: unknown field ") // encoding/json has no type for it
+	switch {
+	case err == io.EOF:
+		return invalid(`there is no JSON: an object is expected, such as {"%s":…}`, fieldNames(t)[0])
+	case err == io.ErrUnexpectedEOF:
+		return invalid(`the JSON ends too early: is a } or ] missing?`)
+	case errors.As(err, &syntax):
+		return invalid("this is no JSON%s", unexpected(b, syntax))
+	case errors.As(err, &kind) && kind.Field == "":
+		return invalid("the JSON must be %s", expected(t))
+	case errors.As(err, &kind):
+		field := t
+		for part := range strings.SplitSeq(kind.Field, ".") {
+			field = fieldType(field, part)
+		}
+		return invalid("%s must be %s", kind.Field, expected(field))
+	case unknown:
+		given := strings.Trim(name, `"`)
+		if meant := nearest(given, fieldNames(t)); edits(given, meant) <= 2 {
+			return invalid("unknown field %.60q; did you mean %q?", given, meant)
+		}
+		return invalid("unknown field %.60q; the fields are %s", given, strings.Join(fieldNames(t), ", "))
+	}
+	return invalid("%.200s", strings.TrimPrefix(err.Error(), "json: "))
+}
+
+// unexpected says where b stops being JSON, and why that may be.
+func unexpected(b []byte, err *json.SyntaxError) string {
+	at := int(err.Offset) - 1
+	if at < 0 || at >= len(b) {
+		return ""
+	}
+	c, _ := utf8.DecodeRune(b[at:])
+	hint := ""
+	switch before := bytes.TrimRight(b[:at], " \t\r\n"); {
+	case c == '\'':
+		hint = `; names and strings stand in double quotes`
+	case (c == '}' || c == ']') && bytes.HasSuffix(before, []byte(",")):
+		hint = "; is there a comma too many?"
+	case c == '"' && len(before) > 0 && strings.ContainsRune(`"]}`, rune(before[len(before)-1])):
+		hint = "; is a comma missing?"
+	case 'a' <= c && c <= 'z' && (bytes.HasSuffix(before, []byte("{")) || bytes.HasSuffix(before, []byte(","))):
+		hint = `; names stand in double quotes, as in {"stream":…}`
+	}
+	return fmt.Sprintf(": %q at byte %d is out of place%s", c, at+1, hint)
+}
+
+// expected is what a value of type t looks like in JSON.
+func expected(t reflect.Type) string {
+	switch t {
+	case reflect.TypeFor[id]():
+		return `a string or a number: "0"`
+	case reflect.TypeFor[headers]():
+		return `an object of strings: {"X-Key":"value"}`
+	}
+	switch t.Kind() {
+	case reflect.Pointer:
+		return expected(t.Elem())
+	case reflect.Bool:
+		return "true or false"
+	case reflect.Slice:
+		return `a list: ["video0"]`
+	case reflect.Struct:
+		return fmt.Sprintf(`an object: {"%s":…}`, fieldNames(t)[0])
+	case reflect.String:
+		return `a string: "…"`
+	}
+	return "a number"
+}
+
+// fieldNames returns what the fields of a struct are called in JSON.
+func fieldNames(t reflect.Type) (names []string) {
+	for i := range t.NumField() {
+		name, _, _ := strings.Cut(t.Field(i).Tag.Get("json"), ",")
+		names = append(names, name)
+	}
+	return names
+}
+
+// fieldType returns the type of a field of a struct, by its name in JSON.
+func fieldType(t reflect.Type, name string) reflect.Type {
+	if t.Kind() == reflect.Struct {
+		if i := slices.Index(fieldNames(t), name); i >= 0 {
+			return t.Field(i).Type
+		}
+	}
+	return t
+}
+
+// nearest returns the name that is fewest edits away from what was given.
+func nearest(given string, names []string) string {
+	return slices.MinFunc(names, func(a, b string) int { return edits(given, a) - edits(given, b) })
+}
+
+// edits is the Levenshtein distance of two names.
+func edits(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		corner := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := corner
+			if a[i] != b[j] {
+				cost = 1 + min(corner, row[j], row[j+1])
+			}
+			corner, row[j+1] = row[j+1], cost
+		}
+	}
+	return row[len(b)]
 }
 
 // invalidError is a rule, or a name, that is not allowed. It names the value
@@ -586,7 +738,7 @@ func (e invalidError) Error() string { return e.text }
 func invalid(format string, args ...any) error { return invalidError{fmt.Sprintf(format, args...)} }
 
 // errNotFound: there is no rule of that name.
-var errNotFound = errors.New("there is none")
+var errNotFound = errors.New("does not exist")
 
 // hiddenError is an error whose text has been cleared of secrets.
 type hiddenError struct {

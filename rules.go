@@ -370,7 +370,7 @@ func (r *rules) stream(name string) ([]string, error) {
 	defer r.mu.RUnlock()
 	feeds, ok := r.streams[name]
 	if !ok {
-		return nil, fmt.Errorf("stream %q: %w", name, errNotFound)
+		return nil, fmt.Errorf("stream %q %w", name, errNotFound)
 	}
 	return feeds, nil
 }
@@ -386,7 +386,7 @@ func (r *rules) deleteStream(name string) error {
 	_, known := r.streams[name]
 	if !r.revoke(ruleKey{"stream", name}, nil) && !known {
 		r.mu.Unlock()
-		return fmt.Errorf("stream %q: %w", name, errNotFound)
+		return fmt.Errorf("stream %q %w", name, errNotFound)
 	}
 	return r.carryOut(r.streamsDeletion(name), begun, atOnce)
 }
@@ -503,7 +503,7 @@ func (r *rules) destination(name string) (destinationRule, error) {
 	defer r.mu.RUnlock()
 	d := r.destinations[name]
 	if d == nil {
-		return destinationRule{}, fmt.Errorf("destination %q: %w", name, errNotFound)
+		return destinationRule{}, fmt.Errorf("destination %q %w", name, errNotFound)
 	}
 	return d.rule, nil
 }
@@ -531,7 +531,7 @@ func (r *rules) deleteDestination(name string) error {
 	_, known := r.destinations[name]
 	if !r.revoke(ruleKey{"destination", name}, nil) && !known {
 		r.mu.Unlock()
-		return fmt.Errorf("destination %q: %w", name, errNotFound)
+		return fmt.Errorf("destination %q %w", name, errNotFound)
 	}
 	return r.carryOut(r.destinationsDeletion(name), begun, atOnce)
 }

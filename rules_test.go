@@ -47,14 +47,14 @@ func TestRuleLimits(t *testing.T) {
 		}
 	}
 	for _, step := range []struct{ request, want string }{
-		{stream(maxStreams, `"a"`), `503 {"error":"stream \"stream/256\": there are 256 streams: no more are allowed"}`},
+		{stream(maxStreams, `"a"`), `503 {"error":"stream \"stream/256\": there are 256 streams: limit reached"}`},
 		{fmt.Sprintf("GET /api/streams/stream/%d", maxStreams), "404"},
 		{stream(0, `"a"`), "200"},
 		{stream(0, ``), "200"},
 		{stream(0, `"c"`), "200"},
 		{"DELETE /api/streams/stream/0", "200"},
 		{stream(maxStreams, `"a"`), "200"},
-		{to(maxDestinations, "ws://a"), `503 {"error":"destination \"1024\": there are 1024 destinations: no more are allowed"}`},
+		{to(maxDestinations, "ws://a"), `503 {"error":"destination \"1024\": there are 1024 destinations: limit reached"}`},
 		{fmt.Sprintf("GET /api/destinations/%d", maxDestinations), "404"},
 		{to(0, "ws://b"), "200"},
 		{"DELETE /api/destinations/0", "200"},

@@ -47,13 +47,13 @@ func TestDecodeState(t *testing.T) {
 		{"mutes missing", `"destinations":1`, `"destinations":1,"mutes":1`, "line 5: it is missing"},
 		{"mutes of nobody", "<2>\"}\n", "<2>\"}\n{\"mutedBy\":\"you\",\"audio\":true,\"video\":false}\n", "line 5: there should be 2 streams"},
 		{"one too many", `"destinations":1`, `"destinations":0`, "line 4: there should be 2 streams and 0 destinations"},
-		{"not JSON", `"video0"`, `video0`, "line 2: JSON: "},
+		{"not JSON", `"video0"`, `video0`, "line 2: this is no JSON: "},
 		{"twice", `stream/b`, `stream/a`, `line 3: stream "stream/a" is there twice`},
 		{"a name", `video0`, `video/../0`, `line 2: feed "video/../0": `},
-		{"unknown field", `"feeds":[]`, `"feeds":[],"x":1`, `line 3: JSON: unknown field "x"`},
+		{"unknown field", `"feeds":[]`, `"feeds":[],"x":1`, `line 3: unknown field "x"`},
 		{"a URL", `ws://`, `gopher://`, `line 4: destination "gopher://`},
 		{"no feeds", `"feeds":[]`, `"feeds":null`, `line 3: stream "stream/b": "feeds" is missing`},
-		{"blank line", "{\"id\"", "\n{\"id\"", "line 4: JSON: "},
+		{"blank line", "{\"id\"", "\n{\"id\"", "line 4: there is no JSON: "},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			text := strings.Replace(testState, tt.old, tt.new, 1)
