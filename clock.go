@@ -552,7 +552,7 @@ func (t *trackClock) emit(out *ticks, end, now ticks, key bool) fate {
 	if !t.seam {
 		floor -= (floor - t.out) / maxSlew
 	}
-	*out = max(*out, min(floor, end+early), t.out+1)
+	*out = max(*out, min(floor, end-t.behind+early), t.out+1)
 	switch {
 	case *out > now+maxAhead:
 		return fateInvalid
@@ -755,8 +755,11 @@ func (k *tracker) judge() {
 	switch {
 	case late > slack:
 		k.plan(k.rate, late)
-	case newest < -slack && k.behind > 0:
-		k.behind = max(k.behind+newest, 0)
+	case newest < -slack && k.behind > 0: // unless it is a trend, it is less behind now
+		for i := range lag[:n] {
+			lag[i] = -lag[i]
+		}
+		k.behind = max(k.behind-lateness(at[:n], lag[:n], rateAfter+second), 0)
 	case newest < -slack:
 		k.slew += newest
 	}
@@ -767,7 +770,7 @@ func (k *tracker) judge() {
 func (k *tracker) plan(rate float64, by ticks) {
 	p := k.points[k.known-1]
 	k.planned, k.next, k.left = true, mapping{p.media, k.on(p.media), rate}, k.slew+by
-	if k.left > jumpOver {
+	if k.left > jumpOver || k.left < -jumpOver {
 		k.next.to += k.left
 		k.left = 0
 	}
@@ -784,7 +787,7 @@ func lateness(at, lag []float64, span ticks) ticks {
 			if lag[n-1] < lag[i]-took/fallingBy {
 				return 0
 			}
-			return ticks(least)
+			return max(ticks(least), 0)
 		}
 	}
 	return 0

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"flag"
 	"fmt"
@@ -36,7 +37,7 @@ type simulation struct {
 	testClock
 	results  []simResult
 	problems []string // rules that were broken
-	last     map[*track]ticks
+	last     map[*trackClock]ticks
 }
 
 func toTick(s float64) ticks { return ticks(math.Round(s * float64(second))) }
@@ -45,25 +46,25 @@ func (sim *simulation) run(frames []simFrame) {
 	frames = slices.Clone(frames)
 	slices.SortStableFunc(frames, func(a, b simFrame) int { return cmp.Compare(a.at, b.at) })
 	sim.hasVideo = slices.ContainsFunc(frames, func(f simFrame) bool { return f.track == simVideo })
-	sim.last = map[*track]ticks{}
+	sim.last = map[*trackClock]ticks{}
 	for i, f := range frames {
 		for _, s := range sim.add(f.track, toTick(f.pts), toTick(f.dts), toTick(f.at), f.key, i == 0) {
 			f := frames[len(sim.results)]
 			sim.results = append(sim.results, simResult{f, float64(s.dts) / float64(second), s.fate})
 			if s.fate == fateGoes {
-				sim.check(f.track, s, toTick(frames[i].at))
+				sim.check(s, toTick(frames[i].at))
 			}
 		}
 	}
 }
 
 // check holds what goes out now to the rules.
-func (sim *simulation) check(tr *track, s stamp, now ticks) {
+func (sim *simulation) check(s stamp, now ticks) {
 	problem := func(format string, args ...any) { sim.problems = append(sim.problems, fmt.Sprintf(format, args...)) }
-	if last, ok := sim.last[tr]; ok && s.dts <= last {
+	if last, ok := sim.last[s.track]; ok && s.dts <= last {
 		problem("DTS %d after %d", s.dts, last)
 	}
-	sim.last[tr] = s.dts
+	sim.last[s.track] = s.dts
 	ahead := float64(s.dts+lead-now) / float64(second)
 	if ahead < -2.5 || ahead+0.05 > 2 { // the PCR may be 50 ms old
 		problem("DTS %.2f s from the PCR", ahead)
@@ -280,5 +281,174 @@ func TestClockSimulation(t *testing.T) {
 		if err := os.WriteFile(*clockTable, []byte(table.String()), 0o644); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// FuzzClock: whatever the timestamps of two tracks are, and whenever they arrive,
+// what goes out keeps the rules.
+func FuzzClock(f *testing.F) {
+	f.Add([]byte("\x00\x10\x10\x00\x01\x11\x11\x00"))
+	f.Add(bytes.Repeat([]byte{0, 0x2e, 0x2e, 0}, 300))                                                         // 25 a second
+	f.Add(append(bytes.Repeat([]byte{1, 0x5d, 0x5d, 0}, 300), bytes.Repeat([]byte{1, 0x60, 0x5d, 0}, 300)...)) // and then faster
+	// A byte is a distance from 0 to 12 hours, coarser where it is longer.
+	far := func(b byte) ticks {
+		if b == 0 {
+			return 0
+		}
+		return (16 + 3*ticks(b&15)) << (2 * (b >> 4)) / 16
+	}
+	f.Fuzz(func(t *testing.T, in []byte) {
+		sim := &simulation{last: map[*trackClock]ticks{}}
+		sim.hasVideo = len(in)%2 == 0
+		at := [2]ticks{10 * second, 10 * second}
+		var dts [2]ticks
+		for i := 0; i+4 <= len(in); i += 4 {
+			how := in[i]
+			n := how & 1
+			if how&2 != 0 {
+				dts[n] -= far(in[i+1])
+			} else {
+				dts[n] += far(in[i+1])
+			}
+			now := max(at[0], at[1])
+			if how&4 == 0 {
+				now += far(in[i+2])
+			}
+			at[n] = now
+			tr := []*track{simVideo, simSound}[n]
+			for _, s := range sim.add(tr, dts[n]+far(in[i+3]), dts[n], now, how&8 == 0, i == 0 || how&0xf0 == 0xf0) {
+				if s.fate == fateGoes {
+					sim.check(s, now)
+				}
+			}
+		}
+		if len(sim.problems) > 0 {
+			t.Fatalf("got %d problems: %s", len(sim.problems), sim.problems[0])
+		}
+	})
+}
+
+// simTrack is a track of a simulated feed.
+type simTrack struct {
+	*track
+	every  float64 // a PES
+	behind float64 // by which it arrives later than it must
+	group  int     // PES of the encoder in one that is sent, which arrives at its end
+	says   func(c float64) float64
+	b      int // pictures between two that others refer to
+	ahead  float64
+}
+
+// frames returns what the track sends in a time.
+func (tr simTrack) frames(lasts float64, r *rand.Rand) (all []simFrame) {
+	group := max(tr.group, 1)
+	for i := 0; float64(i)*tr.every < lasts; i += group {
+		made := float64(i) * tr.every
+		at := made + tr.behind + r.Float64()*0.01
+		if tr.track != simVideo {
+			at += float64(group) * tr.every
+		}
+		f := simFrame{made: made, at: simStart + at, dts: tr.says(made), track: tr.track, key: i%25 == 0}
+		f.pts = f.dts + tr.ahead
+		if n := i % (tr.b + 1); tr.b > 0 && n == 0 {
+			f.pts += float64(tr.b+1) * tr.every
+		}
+		all = append(all, f)
+	}
+	return all
+}
+
+// TestClockFeeds: feeds of one or two tracks, of which some go wrong at 30 s.
+func TestClockFeeds(t *testing.T) {
+	t.Parallel()
+	honest := func(c float64) float64 { return c }
+	step := func(by float64) func(float64) float64 {
+		return func(c float64) float64 {
+			if c < 30 {
+				return c
+			}
+			return c + by
+		}
+	}
+	fast := func(rate float64) func(float64) float64 {
+		return func(c float64) float64 {
+			if c < 30 {
+				return c
+			}
+			return 30 + (c-30)*rate
+		}
+	}
+	video := func(says func(float64) float64) simTrack { return simTrack{track: simVideo, every: 0.04, says: says} }
+	sound := func(says func(float64) float64, behind float64, group int) simTrack {
+		return simTrack{track: simSound, every: 0.024, says: says, behind: behind, group: group}
+	}
+	withB := func(says func(float64) float64) simTrack { v := video(says); v.b = 2; return v }
+	slow := simTrack{track: simVideo, every: 1, says: step(-0.3), ahead: 5}
+	tests := []struct {
+		name     string
+		tracks   []simTrack
+		patience float64
+		want     float64 // off at most, after the fault
+	}{
+		{"sound in PES of 360 ms", []simTrack{sound(honest, 0, 15)}, 0, honestLimit},
+		{"sound in PES of 360 ms steps 5 s", []simTrack{sound(step(5), 0, 15)}, 5, 0.25},
+		{"sound in PES of 360 ms steps -0.3 s", []simTrack{sound(step(-0.3), 0, 15)}, 10, 0.25},
+		{"sound in PES of 360 ms steps -1.5 s", []simTrack{sound(step(-1.5), 0, 15)}, 5, 0.25},
+		{"sound is 20 % fast", []simTrack{sound(fast(1.2), 0, 15)}, 5, 0.25},
+		{"sound 0.7 s behind", []simTrack{video(honest), sound(honest, 0.7, 1)}, 0, honestLimit},
+		{"sound in long PES beside picture", []simTrack{video(honest), sound(honest, 0, 15)}, 0, honestLimit},
+		{"sound steps 5 s", []simTrack{video(honest), sound(step(5), 0, 1)}, 5, 0.25},
+		{"sound steps 0.3 s", []simTrack{video(honest), sound(step(0.3), 0, 1)}, 5, 0.25},
+		{"sound 0.7 s behind steps 0.3 s", []simTrack{video(honest), sound(step(0.3), 0.7, 1)}, 5, 0.25},
+		{"sound in long PES steps 0.3 s", []simTrack{video(honest), sound(step(0.3), 0, 15)}, 5, 0.25},
+		{"sound steps -1.5 s", []simTrack{video(honest), sound(step(-1.5), 0, 1)}, 5, 0.25},
+		{"sound in long PES steps -1.5 s", []simTrack{video(honest), sound(step(-1.5), 0, 15)}, 5, 0.25},
+		{"picture steps -5 s", []simTrack{video(step(-5)), sound(honest, 0, 15)}, 5, 0.25},
+		{"both step 20 s", []simTrack{video(step(20)), sound(step(20), 0, 1)}, 5, 0.25},
+		{"both step -20 s, sound 0.7 s behind", []simTrack{video(step(-20)), sound(step(-20), 0.7, 15)}, 5, 0.25},
+		{"picture is 20 % fast", []simTrack{video(fast(1.2)), sound(honest, 0, 1)}, 5, 0.25},
+		{"picture is 16 % slow", []simTrack{video(fast(21. / 25)), sound(honest, 0, 15)}, 5, 0.25},
+		{"picture is 40 % slow", []simTrack{video(fast(15. / 25)), sound(honest, 0, 1)}, 5, 0.25},
+		{"sound is 20 % fast, 0.7 s behind", []simTrack{video(honest), sound(fast(1.2), 0.7, 1)}, 5.7, 0.25},
+		{"all is ten times too fast", []simTrack{video(fast(10)), sound(fast(10), 0, 1)}, 5, 0.25},
+		{"all is 20 % slow", []simTrack{video(fast(0.8)), sound(fast(0.8), 0, 15)}, 5, 0.25},
+		{"pictures between", []simTrack{withB(honest), sound(honest, 0, 1)}, 0, honestLimit},
+		{"pictures between, 20 % fast", []simTrack{withB(fast(1.2)), sound(honest, 0, 1)}, 5, 0.25},
+		{"pictures between, 40 % slow", []simTrack{withB(fast(0.6)), sound(honest, 0, 1)}, 5, 0.25},
+		{"pictures between, ten times too fast", []simTrack{withB(fast(10))}, 5, 0.25},
+		{"pictures between step 5 s", []simTrack{withB(step(5)), sound(step(5), 0, 15)}, 5, 0.25},
+		{"one a second, PTS 5 s ahead", []simTrack{slow}, 10, 0.25},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			r := rand.New(rand.NewPCG(3, 4))
+			var frames []simFrame
+			for _, tr := range tt.tracks {
+				frames = append(frames, tr.frames(60, r)...)
+			}
+			sim := &simulation{}
+			sim.run(frames)
+			if len(sim.problems) > 0 {
+				t.Errorf("got %d problems: %s", len(sim.problems), sim.problems[0])
+			}
+			for _, tr := range tt.tracks {
+				var usual []float64
+				worst := 0.0
+				for _, x := range sim.results {
+					switch at := x.at - simStart; {
+					case x.track != tr.track || x.fate != fateGoes:
+					case at > 5 && at < 29:
+						usual = append(usual, x.out-x.made)
+					case at > 30+tt.patience:
+						slices.Sort(usual)
+						worst = max(worst, math.Abs(x.out-x.made-usual[len(usual)/2]))
+					}
+				}
+				if worst > tt.want {
+					t.Errorf("%s: got %.3f s off, want %.2f at most", tr.coding().name, worst, tt.want)
+				}
+				t.Logf("%s %.3f %+v", tr.coding().name, worst, sim.clock.counts)
+			}
+		})
 	}
 }
