@@ -17,7 +17,12 @@
 
 package main
 
-import "math"
+import (
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+)
 
 const (
 	// What a publisher sends in settleFor waits until its least lag is known.
@@ -101,7 +106,7 @@ type clock struct {
 	since    ticks // when its first timestamp came
 	noted    []sighting
 	given    ticks // the last DTS of the tracks that were forgotten
-	counts   clockCounts
+	troubles [allTroubles]trouble
 }
 
 // sighting is a DTS, and when it came.
@@ -109,14 +114,6 @@ type sighting struct {
 	track *trackClock
 	dts   ticks
 	at    ticks
-}
-
-// clockCounts is what the clock of a feed has seen.
-type clockCounts struct {
-	steps    uint64 // of the timestamps of a track
-	outliers uint64 // single timestamps that did not fit their neighbours
-	late     uint64 // PES that were too late to go out
-	invalid  uint64 // PES whose timestamps made no sense
 }
 
 // read appends the PES of a chunk to stamps. It knows none before the program
@@ -257,9 +254,9 @@ func (c *clock) place(stamps []stamp, key bool, at, now ticks) {
 		}
 		switch s.fate {
 		case fateLate:
-			c.counts.late++
+			c.saw(troubleLate, at)
 		case fateInvalid:
-			c.counts.invalid++
+			c.saw(troubleInvalid, at)
 		}
 	}
 }
@@ -451,15 +448,17 @@ func (t *trackClock) mediaTime(dts, at ticks) (m ticks, fits bool) {
 		if d > 0 || n > 1 {
 			t.ref = sighting{t, t.ref.dts + d, at}
 		}
+		t.countStrays()
 		t.misses, t.stray = 0, [2]sighting{}
 		m, fits = t.ref.dts+min(d, 0)+t.shift, true
 	case !t.agrees(dts, at):
 		t.misses++
-		t.clock.counts.outliers++
+		if t.stray[0].track != nil {
+			t.clock.saw(troubleOutlier, at)
+		}
 		t.stray = [2]sighting{t.stray[1], {t, dts, at}}
 		m, fits = place, t.misses > 2*regular
 	default:
-		t.clock.counts.outliers -= 2
 		t.period = max(signed33(dts-t.stray[1].dts), 1)
 		t.ref = sighting{t, t.ref.dts + d, at}
 		t.misses, t.even, t.stray = 0, 0, [2]sighting{}
@@ -471,6 +470,15 @@ func (t *trackClock) mediaTime(dts, at ticks) (m ticks, fits bool) {
 	t.gap = max(at-t.seen, t.gap-(at-t.seen)/8)
 	t.media, t.seen = m, at
 	return m, fits
+}
+
+// countStrays counts the last strays as outliers, which they were.
+func (t *trackClock) countStrays() {
+	for _, s := range t.stray {
+		if s.track != nil {
+			t.clock.saw(troubleOutlier, s.at)
+		}
+	}
 }
 
 // placeAfter returns the distance in media time of two PES that arrived da
@@ -522,7 +530,7 @@ func (t *trackClock) pace(d ticks) {
 // stepTo makes m the media time of the last stamp, which is that of its place.
 // Where another track has just stepped by about as much, they step together.
 func (t *trackClock) stepTo(m, at ticks) {
-	t.clock.counts.steps++
+	t.clock.saw(troubleStep, at)
 	by := m - t.ref.dts - t.shift
 	for _, u := range t.clock.tracks {
 		if u != t && at-u.stepAt < stepWithin && max(u.step-by, by-u.step) < together {
@@ -861,4 +869,137 @@ func under(x, y []float64) (slope, base float64) {
 		}
 	}
 	return 0, y[0]
+}
+
+// troubleKind is a kind of what is wrong with timestamps.
+type troubleKind int
+
+const (
+	troubleRate    troubleKind = iota // a clock runs fast or slow
+	troubleStep                       // the timestamps of a track stepped
+	troubleOutlier                    // a single one did not fit its neighbours
+	troubleLate                       // a PES was too late to go out
+	troubleInvalid                    // the timestamps of a PES make no sense
+	allTroubles
+)
+
+var troubleWords = [allTroubles]string{
+	troubleStep:    "timestamps stepped",
+	troubleOutlier: "timestamps out of place",
+	troubleLate:    "too late, dropped",
+	troubleInvalid: "PTS before DTS or far after",
+}
+
+// trouble is what the clock of a feed has seen of one kind. An episode ends when
+// there was none for episodeGap.
+type trouble struct {
+	count  uint64
+	began  ticks // when the episode did
+	last   ticks // when it was seen
+	untold bool  // an episode began that nobody was told of
+}
+
+const (
+	episodeGap = 60 * second
+	showFor    = 5 * second // in the state of a feed
+)
+
+// saw counts a trouble.
+func (c *clock) saw(kind troubleKind, at ticks) {
+	t := &c.troubles[kind]
+	if t.count == 0 || at-t.last > episodeGap {
+		t.began, t.untold = at, true
+	}
+	t.count++
+	t.last = max(t.last, at)
+}
+
+// news returns in words what troubles began since the last call, mostly "".
+func (c *clock) news(at ticks) string {
+	for _, t := range c.tracks {
+		if t.running && t.rate != 1 {
+			c.saw(troubleRate, at)
+			break
+		}
+	}
+	var words []string
+	for kind := range c.troubles {
+		if t := &c.troubles[kind]; t.untold {
+			t.untold = false
+			words = append(words, c.describe(troubleKind(kind)))
+		}
+	}
+	return strings.Join(words, ", ")
+}
+
+// describe returns what a trouble is, in words.
+func (c *clock) describe(kind troubleKind) string {
+	if kind == troubleRate {
+		return c.rateWords()
+	}
+	return troubleWords[kind]
+}
+
+// clockStats is what the clock of a feed has seen. Rate is that of the track
+// that is the most wrong: media time in a second, 1 if it is right.
+type clockStats struct {
+	Rate     float64 `json:"rate"`
+	Steps    uint64  `json:"steps"`
+	Outliers uint64  `json:"outliers"`
+	Late     uint64  `json:"late"`
+	Invalid  uint64  `json:"invalid"`
+}
+
+func (c *clock) stats() clockStats {
+	worst := 1.0
+	for _, t := range c.tracks {
+		if t.running && math.Abs(math.Log(t.rate)) > math.Abs(math.Log(worst)) {
+			worst = t.rate
+		}
+	}
+	return clockStats{
+		1 / worst, c.troubles[troubleStep].count, c.troubles[troubleOutlier].count,
+		c.troubles[troubleLate].count, c.troubles[troubleInvalid].count,
+	}
+}
+
+// state returns what is wrong now, in words, and for how long it has been; "" if
+// nothing is.
+func (c *clock) state(now ticks) (words string, ago ticks) {
+	if words := c.rateWords(); words != "" {
+		return words, now - c.troubles[troubleRate].began
+	}
+	for kind := troubleStep; kind < allTroubles; kind++ {
+		if t := &c.troubles[kind]; t.count > 0 && now-t.last < showFor {
+			return troubleWords[kind], now - t.began
+		}
+	}
+	return "", 0
+}
+
+// rateWords returns by how much clocks run fast or slow, such as "clock 20 %
+// fast"; "" if they do not. Where the tracks of a feed differ, it says which.
+func (c *clock) rateWords() string {
+	var all []string // of each running track
+	for _, t := range c.tracks {
+		words := ""
+		if percent := math.Round(100 * (1/t.rate - 1)); t.running && percent > 0 {
+			words = fmt.Sprintf("clock %g %% fast", percent)
+		} else if t.running && percent < 0 {
+			words = fmt.Sprintf("clock %g %% slow", -percent)
+		}
+		if t.running {
+			all = append(all, words)
+		}
+	}
+	if same := slices.Compact(slices.Clone(all)); len(same) == 1 {
+		return same[0]
+	}
+	running := slices.DeleteFunc(slices.Clone(c.tracks), func(t *trackClock) bool { return !t.running })
+	for i, t := range running {
+		if all[i] != "" {
+			all[i] = t.kind.String() + " " + all[i]
+		}
+	}
+	return strings.Join(slices.DeleteFunc(all, func(s string) bool { return s == "" }), ", ")
 }

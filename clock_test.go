@@ -1,7 +1,9 @@
 package main
 
 import (
+	"math"
 	"math/rand/v2"
+	"slices"
 	"testing"
 )
 
@@ -168,6 +170,54 @@ func TestClockStart(t *testing.T) {
 			}
 			if n != len(tt.late) {
 				t.Errorf("got %d PES out, want %d", n, len(tt.late))
+			}
+		})
+	}
+}
+
+// TestClockWords: what a clock says of itself, and that it is told once an episode.
+func TestClockWords(t *testing.T) {
+	t.Parallel()
+	type says func(c ticks) ticks
+	honest := func(c ticks) ticks { return c }
+	stepping := func(c ticks) ticks { return c + c/(150*second)*5*second }
+	outlier := func(c ticks) ticks {
+		if c == 20*second {
+			return c - 9800*second
+		}
+		return c
+	}
+	tests := []struct {
+		name         string
+		video, sound says
+		want         string // state at the end
+		news         []string
+		stats        clockStats
+	}{
+		{"honest", honest, honest, "", nil, clockStats{Rate: 1}},
+		{"fast", func(c ticks) ticks { return c * 6 / 5 }, func(c ticks) ticks { return c * 6 / 5 }, "clock 20 % fast", []string{"clock 20 % fast"}, clockStats{Rate: 1.2}},
+		{"slow sound", honest, func(c ticks) ticks { return c * 4 / 5 }, "audio clock 20 % slow", []string{"audio clock 20 % slow"}, clockStats{Rate: 0.8}},
+		{"steps 150 s apart", honest, stepping, "", []string{"timestamps stepped", "timestamps stepped"}, clockStats{Rate: 1, Steps: 2}},
+		{"one outlier", outlier, honest, "", []string{"timestamps out of place"}, clockStats{Rate: 1, Outliers: 1}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			c := testClock{hasVideo: true}
+			var news []string
+			now := 10 * second
+			for i := ticks(0); i < 320*25; i++ {
+				now = 10*second + i*3600
+				c.add(simVideo, tt.video(i*3600), tt.video(i*3600), now, i%12 == 0, i == 0)
+				c.add(simSound, tt.sound(i*3600), tt.sound(i*3600), now, true, false)
+				if n := c.news(now); n != "" {
+					news = append(news, n)
+				}
+			}
+			state, _ := c.state(now)
+			stats := c.stats()
+			stats.Rate = math.Round(stats.Rate*100) / 100
+			if state != tt.want || !slices.Equal(news, tt.news) || stats != tt.stats {
+				t.Errorf("got state %q, news %q, %+v, want %q, %q, %+v", state, news, stats, tt.want, tt.news, tt.stats)
 			}
 		})
 	}

@@ -755,8 +755,9 @@ func (r *rhythm) isSilent(now, since time.Time) bool {
 type publisher struct {
 	remote, agent string // who it is, as it says
 	since         time.Time
-	interrupt     func() // makes the read in progress fail, and every later one
-	begun         func() // called when it has its feed; nil: nobody asks
+	interrupt     func()       // makes the read in progress fail, and every later one
+	begun         func()       // called when it has its feed; nil: nobody asks
+	warn          func(string) // called with what is wrong with its timestamps; nil: nobody asks
 	replaced      atomic.Bool
 }
 

@@ -47,6 +47,7 @@ func (m *media) publish(r *http.Request, interrupt func()) error {
 	log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
 	p := newPublisher(r, interrupt)
 	p.begun = func() { m.door.settle(r) }
+	p.warn = func(what string) { log.Warn("clock of the publisher", "what", what) }
 	err = m.mux.publish(name, p, r.Body)
 	if m.ctx.Err() != nil {
 		err = errShutdown
@@ -128,6 +129,7 @@ func (m *media) in(w http.ResponseWriter, r *http.Request) {
 		defer cancel(nil)
 		p := newPublisher(r, func() { cancel(errReplaced) })
 		p.begun = func() { m.door.settle(r) }
+		p.warn = func(what string) { log.Warn("clock of the publisher", "what", what) }
 		return l.serve(ctx, l.subscribe(m.maxLag), func(context.Context) error {
 			return m.mux.publish(name, p, websocketBody{l.in})
 		}, nil)

@@ -542,6 +542,8 @@ func signed33(d ticks) ticks { return (d+wrap/2)&(wrap-1) - wrap/2 }
 // toTicks is a duration on vw's clock.
 func toTicks(d time.Duration) ticks { return ticks(d) * 9 / 100_000 }
 
+func (t ticks) duration() time.Duration { return time.Duration(t) * 100_000 / 9 }
+
 // timestamps returns the 5 bytes of the PTS and of the DTS of a PES header;
 // nil for what it does not have. ISO 13818-1 2.4.3.6.
 func timestamps(pes []byte) (pts, dts []byte) {

@@ -67,7 +67,9 @@ func (x *mux) publish(name string, p *publisher, r io.Reader) error {
 	for {
 		err := fr.read(r)
 		if f != nil {
-			f.account(p, fr)
+			if news := f.account(p, fr, x.now(fr.at)); news != "" && p.warn != nil {
+				p.warn(news)
+			}
 		}
 		switch {
 		case p.replaced.Load():
@@ -442,14 +444,15 @@ func (f *feed) removeStream(st *stream) {
 	f.streams = slices.DeleteFunc(f.streams, func(o *stream) bool { return o == st })
 }
 
-// account adds what the framer of pub has counted since the last call.
-func (f *feed) account(pub *publisher, fr *framer) {
+// account adds what the framer of pub has counted since the last call, up to now.
+// It returns what the log should say of the feed's clock; mostly "".
+func (f *feed) account(pub *publisher, fr *framer, now ticks) (news string) {
 	n := fr.counts
 	fr.counts = feedCounts{}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.pub != pub {
-		return
+		return ""
 	}
 	g := &f.figures
 	g.meter.add(g.sample(fr.at))
@@ -465,6 +468,8 @@ func (f *feed) account(pub *publisher, fr *framer) {
 	if n.continuityErrors+n.damaged+n.resyncs > 0 {
 		g.damage = fr.at
 	}
+	f.figures.counted = now
+	return f.clock.news(now)
 }
 
 // state returns the state of f in words, and since when it has been that; mu is
@@ -498,6 +503,9 @@ func (f *feed) state(now time.Time) (string, time.Time) {
 	case h.lacksSets:
 		return "no parameter sets", began(g.setless)
 	}
+	if wrong, ago := f.clock.state(g.counted); wrong != "" {
+		return wrong, began(now.Add(-ago.duration()))
+	}
 	return "live", f.pub.since
 }
 
@@ -509,7 +517,7 @@ func (f *feed) stats(now time.Time) *feedStats {
 	s := &feedStats{
 		Bytes: g.total.bytes, Packets: g.total.packets, Frames: g.total.frames, Keyframes: g.total.keyframes,
 		ContinuityErrors: g.total.continuityErrors, Damaged: g.total.damaged, Resyncs: g.total.resyncs,
-		Tracks: []trackStats{},
+		Tracks: []trackStats{}, Clock: f.clock.stats(),
 	}
 	state, since := f.state(now)
 	s.State = state
@@ -703,10 +711,11 @@ func (st *stream) rates(now time.Time) (bytes uint64, perSecond float64) {
 
 // feedFigures are what is known of a feed. Guarded by feed.mu.
 type feedFigures struct {
-	total  feedCounts // since the feed is known, of all its publishers
-	meter  meter
-	tracks []trackStats // immutable
-	video  bool
+	total   feedCounts // since the feed is known, of all its publishers
+	counted ticks      // when it was, on vw's clock
+	meter   meter
+	tracks  []trackStats // immutable
+	video   bool
 
 	health           feedHealth
 	keyframe, damage time.Time // the last of each
@@ -733,6 +742,7 @@ type feedStats struct {
 	ContinuityErrors uint64          `json:"continuityErrors"`
 	Damaged          uint64          `json:"damagedPackets"`
 	Resyncs          uint64          `json:"resyncs"`
+	Clock            clockStats      `json:"clock"`
 }
 
 type publisherStats struct {

@@ -171,6 +171,11 @@ func (e *exposition) addFeeds(all map[string]*feedStats) {
 	feed("keyframes_total", "counter", "Keyframes received.", func(f *feedStats) float64 { return float64(f.Keyframes) })
 	feed("continuity_errors_total", "counter", "Packets whose continuity counter did not go on.", func(f *feedStats) float64 { return float64(f.ContinuityErrors) })
 	feed("damaged_packets_total", "counter", "Packets with transport_error_indicator.", func(f *feedStats) float64 { return float64(f.Damaged) })
+	feed("clock_rate", "gauge", "How fast the publisher's clock is that is the most wrong; 1 is right.", func(f *feedStats) float64 { return f.Clock.Rate })
+	feed("clock_steps_total", "counter", "Times that the timestamps of a track stepped.", func(f *feedStats) float64 { return float64(f.Clock.Steps) })
+	feed("clock_outliers_total", "counter", "Timestamps that did not fit their neighbours.", func(f *feedStats) float64 { return float64(f.Clock.Outliers) })
+	feed("late_total", "counter", "Frames left out of streams since they came too late.", func(f *feedStats) float64 { return float64(f.Clock.Late) })
+	feed("invalid_timestamps_total", "counter", "Frames left out of streams whose PTS is before their DTS or far after it.", func(f *feedStats) float64 { return float64(f.Clock.Invalid) })
 	feed("resyncs_total", "counter", "Times that the packets were lost and found again.", func(f *feedStats) float64 { return float64(f.Resyncs) })
 }
 

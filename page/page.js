@@ -312,6 +312,10 @@ function showFeed(row, f, name) {
       f.continuityErrors > 0 && `${f.continuityErrors} continuity errors`,
       f.damagedPackets > 0 && `${f.damagedPackets} damaged packets`,
       f.resyncs > 0 && `${f.resyncs} resyncs`,
+      f.clock?.steps > 0 && `${f.clock.steps} clock steps`,
+      f.clock?.outliers > 0 && `${f.clock.outliers} timestamps out of place`,
+      f.clock?.late > 0 && `${f.clock.late} frames too late`,
+      f.clock?.invalid > 0 && `${f.clock.invalid} invalid timestamps`,
     ) || 'Not published yet.',
   });
   showDestinations(row, name);
