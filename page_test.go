@@ -619,6 +619,11 @@ func TestPage(t *testing.T) {
 		t.Errorf("both muted: the rule is %s, want none", got)
 	}
 	b.until(t, "open, all muted", part(destination, "state")+".textContent")
+	b.tap(t, audioSwitch) // as the second of a double tap does
+	time.Sleep(time.Second)
+	if got := rule(); got != `[]` {
+		t.Errorf("a double tap: the rule is %s, want none", got)
+	}
 	b.tap(t, audioSwitch)
 	b.tap(t, videoSwitch)
 	b.until(t, "true true", videoSwitch+".ariaChecked + ' ' + "+audioSwitch+".ariaChecked")
@@ -740,6 +745,7 @@ func TestPagePreview(t *testing.T) {
 	tap("h264")
 	b.until(t, "Muted in this stream: aac, h264.", "document.querySelector('.cover').textContent")
 	b.until(t, "0", "document.querySelectorAll('video').length") // no last picture
+	time.Sleep(time.Second) // no double tap
 	tap("h264")
 	tap("aac")
 	b.until(t, "true", pictures+" && !"+note+".includes('Muted')")

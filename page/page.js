@@ -332,11 +332,14 @@ function makeStream(row, name) {
 function showStream(row, st, name) {
   tone(row, st ? 'live' : 'idle');
   fill(row, { name, state: st ? '' : 'no such stream', rate: rate(st?.bitRate), change: st ? 'Change' : 'Add it' });
+  label(row, 'change', name);
   part(row, 'watch').hidden = part(row, 'delete').hidden = !st;
   const { feeds = [], muted = [], present = [] } = st ?? {};
   rows(part(row, 'switches'), 'switch', byName(Object.fromEntries([...feeds, ...muted].map((f) => [f, f]))), (button, feed) => {
     button.onclick = () => {
-      const way = stats.streams[name].feeds.includes(feed) ? 'without' : 'with';
+      const mutes = stats.streams[name].feeds.includes(feed), way = mutes ? 'without' : 'with';
+      if (mutes) button.at = Date.now();
+      else if (Date.now() - button.at < 800) return; // the second of a double tap
       attempt(row, button, () => call('POST', 'api/streams', { stream: name, [way]: [feed] }));
     };
   }, (button, feed) => {
