@@ -4,6 +4,7 @@
 package main
 
 import (
+	"compress/gzip"
 	"context"
 	"encoding/json"
 	"errors"
@@ -78,7 +79,7 @@ func (s *server) table() *http.ServeMux {
 	m.Handle("GET /api/stats", handler(func(*http.Request) (any, error) { return s.commands.stats(), nil }))
 	m.HandleFunc("GET /api/events", s.getEvents)
 	m.HandleFunc("GET /metrics", s.getMetrics)
-	m.Handle("GET /healthcheck", handler(func(*http.Request) (any, error) { return "ok", nil }))
+	m.Handle("GET /healthcheck", handler(func(*http.Request) (any, error) { return "ok", nil })) // isProbe answers it
 
 	m.HandleFunc("POST /ts/{name...}", s.media.postTS)
 	m.HandleFunc("PUT /ts/{name...}", s.media.postTS)
@@ -110,10 +111,20 @@ func (s *server) table() *http.ServeMux {
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.tasks.Add(1)
 	defer s.tasks.Done()
+	if isProbe(r) {
+		w.Header().Set("Allow", "GET, HEAD, POST, PUT, UPDATE, DELETE, OPTIONS")
+		answer(w, http.StatusOK, "ok")
+		return
+	}
 	if err := s.door.admit(r); err != nil {
 		s.log.Debug("not admitted", "remote", r.RemoteAddr, "err", err) // Debug, since any caller can trigger this at will
 		s.page.refuse(w, r, err)
 		return
+	}
+	if r.Method == http.MethodPost || r.Method == http.MethodPut || r.Method == "UPDATE" {
+		if path, ok := strings.CutSuffix(r.URL.Path, "/"); ok && strings.HasPrefix(path, "/api/") {
+			r.URL.Path, r.URL.RawPath = path, ""
+		}
 	}
 	if err := tidyPath(r.URL); err != nil {
 		refuse(w, r, err)
@@ -131,6 +142,18 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	refuse(w, r, httpError{own.status, fmt.Sprintf("nothing at %.200s; the page is at /, the calls are in docs/api.md", printable(r.URL.Path))})
+}
+
+// isProbe reports whether r asks only whether vw lives, as load balancers do. Such
+// a request is answered to everybody, and the answer says nothing else.
+func isProbe(r *http.Request) bool {
+	switch r.Method {
+	case http.MethodGet, http.MethodHead:
+		return r.URL.Path == "/healthcheck"
+	case http.MethodOptions: // RFC 9110 9.3.7; haproxy's own check is OPTIONS /
+		return r.URL.Path == "*" || r.URL.Path == "/"
+	}
+	return false
 }
 
 // notAllowed is the error of a method that the Allow header does not list.
@@ -195,7 +218,19 @@ func byBody(command func(rule []byte) (any, error)) http.Handler {
 
 // readBody reads what a rule may have.
 func readBody(r *http.Request) ([]byte, error) {
-	b, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
+	var in io.Reader = r.Body
+	switch encoding := r.Header.Get("Content-Encoding"); strings.ToLower(encoding) {
+	case "", "identity":
+	case "gzip":
+		unzipped, err := gzip.NewReader(r.Body)
+		if err != nil {
+			return nil, invalid("body: it is not gzip, as Content-Encoding says: %v", err)
+		}
+		in = unzipped
+	default:
+		return nil, httpError{http.StatusUnsupportedMediaType, fmt.Sprintf("Content-Encoding %.40q: send the rule as it is, or with gzip", encoding)}
+	}
+	b, err := io.ReadAll(io.LimitReader(in, maxBody+1))
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return nil, httpError{http.StatusRequestTimeout, fmt.Sprintf("body: not received within %v", bodyTimeout)}
 	}
@@ -266,7 +301,8 @@ func (s *server) getEvents(w http.ResponseWriter, r *http.Request) {
 	defer leave()
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("Cache-Control", "no-store")
-	w.Header().Set("X-Accel-Buffering", "no") // nginx would wait for more
+	w.Header().Set("X-Accel-Buffering", "no")      // nginx would wait for more
+	w.Header().Set("Content-Encoding", "identity") // a proxy that compresses would hold back what it has
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	if r.Method == http.MethodHead {
 		return

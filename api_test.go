@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"compress/gzip"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -64,6 +65,9 @@ func TestAPI(t *testing.T) {
 		{"DELETE /api/streams/all", `200 "deleteAll"`},
 		{"DELETE /api/destinations/all", `200 "deleteAll"`},
 		{"HEAD /ts/video0", "200 "},
+		{"OPTIONS *", `200 "ok"`},
+		{"POST /api/streams/ \ufeff" + front, "200 " + front},
+		{"PUT /api/mute/ " + `{"audio":false}`, `200 {"audio":false,"video":false}`},
 	}
 	for i, step := range steps {
 		if got := ask(s, step.request); got != step.want {
@@ -192,6 +196,31 @@ func TestAPIErrors(t *testing.T) {
 	}
 	if got := ask(s, "GET /api/streams/all") + ask(s, "GET /api/destinations/all"); got != "200 {}200 {}" {
 		t.Errorf("errors left rules behind: %s", got)
+	}
+}
+
+// TestBodyEncoding: a rule may come with gzip, within the same limit.
+func TestBodyEncoding(t *testing.T) {
+	s := newTestServer(t, "")
+	const rule = `{"stream":"stream/x","feeds":[]}`
+	zip := func(text string) string {
+		var b bytes.Buffer
+		w := gzip.NewWriter(&b)
+		w.Write([]byte(text))
+		w.Close()
+		return b.String()
+	}
+	for _, tt := range []struct{ encoding, body, want string }{
+		{"gzip", zip(rule), "200 " + rule},
+		{"GZIP", zip(rule), "200 " + rule},
+		{"identity", rule, "200 " + rule},
+		{"gzip", rule, `400 {"error":"body: it is not gzip`},
+		{"gzip", zip(strings.Repeat(" ", 1<<20) + rule), `413 {"error":"body: more than 65536 bytes"}`},
+		{"br", rule, `415 {"error":"Content-Encoding \"br\": send the rule as it is, or with gzip"}`},
+	} {
+		if got := ask(s, "POST /api/streams "+tt.body, "Content-Encoding", tt.encoding); !strings.HasPrefix(got, tt.want) {
+			t.Errorf("%s: got %s, want %s", tt.encoding, got, tt.want)
+		}
 	}
 }
 

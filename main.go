@@ -29,6 +29,8 @@ const usage = `vw sends video over websockets, for remote laboratories.
 	vw check URL  from here to that relay: what works, and what is wrong
 	vw devices    list cameras and microphones, each with its ffmpeg line; as JSON with -json
 	vw units DIR  write the services of systemd for vw and those devices; print them without DIR
+	vw healthcheck
+	              ask the vw that runs here, by VW_HOST and VW_PORT: status 0 if it lives, else 1
 	vw version    print the version
 	vw help       print this
 
@@ -50,6 +52,7 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 	case len(args) == 2 && args[0] == "check":
 	case len(args) == 1 && args[0] == "devices", slices.Equal(args, []string{"devices", "-json"}):
 	case (len(args) == 1 || len(args) == 2) && args[0] == "units":
+	case len(args) == 1 && args[0] == "healthcheck":
 	case len(args) == 1 && args[0] == "version":
 		fmt.Fprintln(stdout, "vw", version())
 		return 0
@@ -57,7 +60,7 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 		fmt.Fprint(stdout, usage, settingsHelp())
 		return 0
 	default:
-		fmt.Fprintf(stderr, "vw: %q: the command must be stream, check URL, devices (or devices -json), units (or units DIR), version or help\n", strings.Join(args, " "))
+		fmt.Fprintf(stderr, "vw: %q: the command must be stream, check URL, devices (or devices -json), units (or units DIR), healthcheck, version or help\n", strings.Join(args, " "))
 		return 2
 	}
 	set, warnings, err := readSettings(env)
@@ -73,8 +76,40 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 	case "units":
 		return printUnits(strings.Join(args[1:], ""), set.port, stdout, stderr)
 	}
+	if args[0] == "healthcheck" {
+		return healthcheck(ctx, set, stdout, stderr)
+	}
 	return runStream(ctx, set, warnings, env, stderr)
 }
+
+// healthcheck asks the vw that runs here whether it lives, for containers that
+// have no other program to ask with.
+func healthcheck(ctx context.Context, set settings, stdout, stderr io.Writer) int {
+	host := set.host
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		host = "localhost"
+	}
+	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
+	defer cancel()
+	page := url.URL{Scheme: "http", Host: net.JoinHostPort(host, strconv.Itoa(set.port)), Path: "/healthcheck"}
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, page.String(), nil)
+	if err == nil {
+		var a *http.Response
+		client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}} // and no proxy
+		if a, err = client.Do(r); err == nil {
+			a.Body.Close()
+			if a.StatusCode == http.StatusOK {
+				fmt.Fprintln(stdout, "ok")
+				return 0
+			}
+			err = fmt.Errorf("%s answered %s", page.Host, a.Status)
+		}
+	}
+	fmt.Fprintln(stderr, "vw:", err)
+	return 1
+}
+
+const healthTimeout = 5 * time.Second
 
 // runStream runs vw until a signal, or until ctx is done, and returns the exit status.
 func runStream(ctx context.Context, set settings, warnings, env []string, stderr io.Writer) int {
@@ -290,6 +325,9 @@ var variables = []variable{
 	}},
 	{"VW_HOST", "", "loopback", "address to listen on", func(s *settings, v string) (string, bool) {
 		s.host = v
+		if inner, ok := strings.CutPrefix(v, "["); ok && strings.HasSuffix(inner, "]") { // as in a URL
+			s.host = strings.TrimSuffix(inner, "]")
+		}
 		return "an address or a host name", isVisible(v) && !strings.Contains(v, "/")
 	}},
 	{"VW_LOGLEVEL", "VW_LOG_LEVEL", "info", "error, warn, info or debug", func(s *settings, v string) (string, bool) {

@@ -107,6 +107,21 @@ func FuzzReadSettings(f *testing.F) {
 	})
 }
 
+// TestHealthcheck: vw healthcheck ends with 0 when vw runs, else with 1.
+func TestHealthcheck(t *testing.T) {
+	addr, _, stop := runVW(t, "VW_HOST=[::1]")
+	_, port, _ := net.SplitHostPort(addr)
+	env := []string{"VW_HOST=[::1]", "VW_PORT=" + port}
+	var stdout, stderr bytes.Buffer
+	if got := run(t.Context(), []string{"healthcheck"}, env, &stdout, &stderr); got != 0 || stdout.String() != "ok\n" {
+		t.Errorf("got status %d, %q and %q", got, &stdout, &stderr)
+	}
+	stop()
+	if got := run(t.Context(), []string{"healthcheck"}, env, &stdout, &stderr); got != 1 || !strings.Contains(stderr.String(), "refused") {
+		t.Errorf("without vw: got status %d, %q", got, &stderr)
+	}
+}
+
 // TestShutdown: status 0, whatever publishers and readers do.
 func TestShutdown(t *testing.T) {
 	addr, log, stop := runVW(t)
