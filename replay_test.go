@@ -1,10 +1,14 @@
 package main
 
 import (
+	"context"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -314,4 +318,56 @@ func TestSqueeze(t *testing.T) {
 			t.Errorf("%s: got %v, want %v", tt.name, got, tt.want)
 		}
 	}
+}
+
+// TestReplayDestination: the first connection of a destination has a picture at
+// once; one that comes back goes on from the next keyframe.
+func TestReplayDestination(t *testing.T) {
+	rec := record(t, "-map", "0", "-c:v", "libx264", "-g", "100", "-keyint_min", "100")
+	r, ctx, tasks := realRules(t, io.Discard)
+	if _, err := r.setStream(streamRule{"stream/x", []string{"f"}}); err != nil {
+		t.Fatal(err)
+	}
+	var conn atomic.Pointer[net.Conn]
+	dial := r.dialer.dial
+	r.dialer.dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+		c, err := dial(ctx, network, address)
+		conn.Store(&c)
+		return c, err
+	}
+	var pictures atomic.Int64 // since the connection was opened
+	relay := &chaosRelay{t: t, see: func(b []byte) { pictures.Add(int64(len(pesTimes(b, 0x100)))) }}
+	relay.start()
+	begun := time.Now()
+	tasks.Go(func() {
+		p := &publisher{interrupt: func() {}}
+		f := r.mux.attach("f", p)
+		defer r.mux.detach(f, p)
+		for i, m := range rec.messages {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(time.Until(begun.Add(rec.due[i]))):
+			}
+			m.at, m.first = time.Now(), i == 0
+			f.publish(p, m, r.mux.now(m.at))
+		}
+	})
+	time.Sleep(2 * time.Second) // two more to the next keyframe
+	asked := time.Now()
+	r.to(t, "0", "stream/x", "ws://"+relay.addr)
+	waitFor(t, "the first picture", func() bool { return pictures.Load() > 0 })
+	first := time.Since(asked)
+	if n := pictures.Load(); first > 400*time.Millisecond || n < 20 {
+		t.Errorf("got %d pictures after %v, want those since the keyframe within 400 ms", n, first)
+	}
+	pictures.Store(-1 << 40)
+	(*conn.Load()).Close()
+	waitFor(t, "the second connection", func() bool { return relay.conns.Load() == 2 })
+	pictures.Store(0)
+	waitFor(t, "its first picture", func() bool { return pictures.Load() > 0 })
+	if at := time.Since(begun); at < 3900*time.Millisecond {
+		t.Errorf("a connection that came back had a picture %v after the start, want it to wait for the keyframe at 4 s", at)
+	}
+	t.Logf("the first picture came after %v", first)
 }
