@@ -255,7 +255,9 @@ func newUpgrade(u *url.URL, header http.Header, key string) *http.Request {
 
 // checkUpgraded returns what is wrong with an answer of status 101. RFC 6455 4.1
 func checkUpgraded(r *http.Request, a *http.Response) error {
+	//lint:ignore SA1008 the request has the names as the standard writes them
 	sum := sha1.Sum([]byte(r.Header["Sec-WebSocket-Key"][0] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
+	//lint:ignore SA1008 the request has the names as the standard writes them
 	offered := listElements(r.Header["Sec-WebSocket-Protocol"])
 	switch agreed := a.Header.Get("Sec-WebSocket-Protocol"); {
 	case !slices.ContainsFunc(listElements(a.Header["Upgrade"]), func(s string) bool { return strings.EqualFold(s, "websocket") }):

@@ -135,11 +135,11 @@ func TestMuteKinds(t *testing.T) {
 // sound, and has a reader of the feed and one of a stream. It runs in a bubble.
 type studio struct {
 	*bench
-	ts              tsMaker
-	n               int // frames so far
-	start           time.Time
-	onFeed, onVideo *subscriber
-	sent            []byte // all that was posted
+	ts     tsMaker
+	n      int // frames so far
+	start  time.Time
+	onFeed *subscriber
+	sent   []byte // all that was posted
 }
 
 func newStudio(t *testing.T) *studio {
