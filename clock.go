@@ -384,7 +384,7 @@ func (t *trackClock) begin(dts, at ticks) {
 	t.stray = [2]sighting{}
 	t.media, t.seen = dts-max(t.period, 1), at
 	t.late = false
-	t.tracker = tracker{mapping: mapping{dts, at - t.tail(), 1}, last: dts, began: at, behind: math.MaxInt64 / 2}
+	t.tracker = tracker{mapping: mapping{dts, at - t.tail(), 1}, last: dts, began: at, easing: true, behind: math.MaxInt64 / 2}
 }
 
 // join begins a track that came later than others of the feed, with their
@@ -560,6 +560,9 @@ func (t *trackClock) emit(out *ticks, end, now ticks, key bool) fate {
 	if !t.seam {
 		floor -= (floor - t.out) / maxSlew
 	}
+	if squeezed := t.out + t.scaled(t.period)/4; !t.seam {
+		*out = max(*out, min(squeezed, end-t.behind+2*early))
+	}
 	*out = max(*out, min(floor, end-t.behind+early), t.out+1)
 	switch {
 	case *out > now+maxAhead:
@@ -609,8 +612,13 @@ func (t *trackClock) order(m, pts ticks) ticks {
 
 const (
 	// early is what the jitter of stamps may come to. A PES cannot arrive
-	// before it was made, so what is earlier than this is cut off at once.
-	early = second / 10
+	// before it was made, so what is earlier than this is cut off at once. But
+	// when a busy machine starts a publisher, its first PES come late, and
+	// players complain of a cut: for startFor only what is muchEarly is cut,
+	// and then the rest is slewed away.
+	early     = second / 10
+	muchEarly = second * 8 / 10
+	startFor  = 8 * second
 	// slack is not followed.
 	slack = second * 15 / 1000
 	// jumpOver is the lateness beyond which the line jumps; less is slewed.
@@ -668,6 +676,7 @@ type tracker struct {
 	last   ticks // media time
 	behind ticks // the least lag of the first moments, behind the other tracks
 	began  ticks // when they did
+	easing bool  // what came late at the start is still to be slewed away
 
 	window point // of the present window
 	opened ticks // when that began
@@ -689,16 +698,20 @@ func (k *tracker) follow(m, at ticks, newest bool) ticks {
 		k.mapping, k.slew, k.planned = k.next, k.left, false
 	}
 	if d := m - k.last; d > 0 {
-		most := k.scaled(d) / maxSlew
-		by := max(min(k.slew, most), -most)
+		step := k.scaled(d) / maxSlew
+		by := max(min(k.slew, step), -step)
 		k.to += by
 		k.slew -= by
 		k.last = m
 	}
 	lag := at - k.on(m)
-	if lag < -early {
+	age := at - k.began
+	switch {
+	case lag < -muchEarly || lag < -early && !k.easing:
 		k.to += lag + early
 		k.slew, k.planned, lag = min(k.slew, 0), false, -early
+	case lag < -early && age > startFor:
+		k.slew = min(k.slew, lag)
 	}
 	if at-k.began < learnFor {
 		k.behind = max(min(k.behind, lag), 0)
@@ -723,6 +736,9 @@ func (k *tracker) look(at ticks) {
 	if k.known == maxPoints {
 		k.known = copy(k.points[:], k.points[1:])
 	}
+	if at-k.began > startFor && k.window.lag > -early {
+		k.easing = false
+	}
 	k.points[k.known] = k.window
 	k.known++
 	k.open = false
@@ -743,7 +759,7 @@ func (k *tracker) judge() {
 			early = i + 1
 		}
 	}
-	if k.points[n-1].lag-k.behind > -fit/2 {
+	if k.points[n-1].lag-k.behind > -slack {
 		early = n
 	}
 	if slope, end, from, ok := trend(at[:n], lag[:n], early, k.rate != 1); ok {
@@ -768,7 +784,7 @@ func (k *tracker) judge() {
 			lag[i] = -lag[i]
 		}
 		k.behind = max(k.behind-lateness(at[:n], lag[:n], rateAfter+second), 0)
-	case newest < -slack:
+	case newest < -slack && k.points[n-1].at-k.began > startFor:
 		k.slew += newest
 	}
 }

@@ -122,10 +122,10 @@ func TestClockMonotonic(t *testing.T) {
 // restarts, and not before what it has given out.
 func TestClockAhead(t *testing.T) {
 	c := testClock{hasVideo: true}
-	for i := range ticks(200) {
+	for i := range ticks(3000) {
 		c.add(simVideo, i*3600, i*3600, 10*second+i*1000, true, i == 0)
 	}
-	now := 10*second + ticks(200*1000)
+	now := 10*second + ticks(3000*1000)
 	for i := range ticks(6) {
 		out := c.add(simVideo, i*3600, i*3600, now+i*3600, true, i == 0)
 		if (len(out) > 0) != (i >= 4) {
