@@ -40,9 +40,8 @@ import (
 )
 
 const (
-	maxCallers    = 512 // connections that neither publish nor read
-	maxPublishers = 256 // feeds that are published; each holds up to 2 MiB
-	maxReaders    = 1024
+	maxCallers = 512 // connections that neither publish nor read
+	maxReaders = 1024
 )
 
 const (
@@ -408,9 +407,6 @@ type httpError struct {
 }
 
 func (e httpError) Error() string { return e.text }
-
-// errFull: vw has as many as it can have. Wrapped, it says of what.
-var errFull = errors.New("limit reached")
 
 // refuse answers with an error. A body that is still coming is not waited for:
 // ffmpeg only notices the answer when the connection closes.

@@ -32,9 +32,7 @@ const (
 	closeTimeout = 100 * time.Millisecond
 	maxTakeOver  = 2 * time.Second
 
-	maxRead   = 4 << 10  // bytes from a relay in a millisecond
-	maxBatch  = 64 << 10 // bytes in one writev
-	maxRecord = 16 << 10 // bytes in one TLS record. RFC 8446 5.1
+	maxRead = 4 << 10 // bytes from a relay in a millisecond
 )
 
 // Why a link ends, other than by its network.
@@ -205,8 +203,8 @@ func (l *link) lookAlive() {
 
 // progress returns a number that changes when the other side takes something.
 func (l *link) progress() uint64 {
-	if info, ok := l.wire.info(); ok {
-		return info.acked
+	if n, ok := l.wire.acked(); ok {
+		return n
 	}
 	return l.written.Load()
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
@@ -225,4 +226,35 @@ func TestE2EProxiedFeed(t *testing.T) {
 			t.Errorf("with %q: ffmpeg ended with %v, want it to be refused", user, f.err)
 		}
 	}
+}
+
+// TestOutTakesNoMedia: a viewer that sends media is closed with status 1008, one
+// that sends text or pings is not; vw check says what is wrong.
+func TestOutTakesNoMedia(t *testing.T) {
+	h := httptest.NewServer(newTestServer(t, ""))
+	defer h.Close()
+	addr := h.Listener.Addr().String()
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(settleTime))
+	u, _ := cleanURL("ws://" + addr + "/out/video0")
+	in, err := upgrade(t.Context(), conn, u, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pong []byte
+	in.pong = func(payload []byte) { pong = slices.Clone(payload) }
+	conn.Write(appendFrame(appendFrame(nil, opText, []byte("hello"), masked), opPing, []byte("ping"), masked))
+	if opcode, err := in.next(); opcode != opPong || err != nil || string(pong) != "ping" {
+		t.Fatalf("got %d, %v and the pong %q", opcode, err, pong)
+	}
+	conn.Write(appendFrame(nil, opBinary, testClip(2, 500), masked))
+	if _, err := in.next(); err != (closeError{status: 1008}) {
+		t.Errorf("got %v, want a close frame with status 1008", err)
+	}
+	status, out := runCheck(t, u.String())
+	checkOutput(t, status, out, "send", "an address to watch, such as /out/…, takes none")
 }

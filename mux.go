@@ -7,6 +7,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -14,6 +15,12 @@ import (
 	"sync"
 	"time"
 )
+
+const maxPublishers = 256 // feeds that are published; each holds up to 2 MiB
+
+// errFull says that vw has as many of something as it can have. Wrapped, it says of
+// what.
+var errFull = errors.New("limit reached")
 
 // mux holds the feeds and streams that somebody publishes, reads or has a
 // rule for. Safe for concurrent use.

@@ -45,20 +45,19 @@ func queued(c syscall.RawConn, what uintptr) int {
 	return int(n)
 }
 
-// tcpInfo returns what the kernel knows of a connection; ok is false if it does
-// not tell. linux/tcp.h
-func tcpInfo(c syscall.RawConn) (info wireInfo, ok bool) {
+// tcpInfo returns what the kernel knows of a connection: how many bytes of it are
+// acknowledged, its least round trip lately, and how many bytes a second went while
+// there were enough of them. ok is false if it does not tell. linux/tcp.h
+func tcpInfo(c syscall.RawConn) (acked uint64, minRTT time.Duration, rate uint64, ok bool) {
 	var b [168]byte
 	size := uint32(len(b))
 	c.Control(func(fd uintptr) {
 		_, _, e := syscall.Syscall6(sysGetsockopt, fd, syscall.IPPROTO_TCP, syscall.TCP_INFO, uintptr(unsafe.Pointer(&b)), uintptr(unsafe.Pointer(&size)), 0)
 		ok = e == 0 && int(size) == len(b) // of Linux 4.9
 	})
-	return wireInfo{
-		acked:  binary.NativeEndian.Uint64(b[120:]),
-		minRTT: time.Duration(binary.NativeEndian.Uint32(b[148:])) * time.Microsecond,
-		rate:   binary.NativeEndian.Uint64(b[160:]),
-	}, ok
+	acked = binary.NativeEndian.Uint64(b[120:])
+	minRTT = time.Duration(binary.NativeEndian.Uint32(b[148:])) * time.Microsecond
+	return acked, minRTT, binary.NativeEndian.Uint64(b[160:]), ok
 }
 
 // sysGetsockopt is the number of the system call, which package syscall does not

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"os"
 	"syscall"
+	"time"
 )
 
 // limitUnsent does nothing where TCP_NOTSENT_LOWAT is not known to work.
@@ -19,7 +20,9 @@ func unsent(syscall.RawConn) int { return 0 }
 
 func unacked(syscall.RawConn) int { return 0 }
 
-func tcpInfo(syscall.RawConn) (info wireInfo, ok bool) { return wireInfo{}, false }
+func tcpInfo(syscall.RawConn) (acked uint64, minRTT time.Duration, rate uint64, ok bool) {
+	return 0, 0, 0, false
+}
 
 // fileID is not known where there is no journal.
 func fileID(*os.File) string { return "" }

@@ -14,7 +14,10 @@ import (
 const (
 	lookEvery    = 250 * time.Millisecond // for signs of life
 	pressedLooks = 3                      // in a row: not only a keyframe that is on its way
-	paceEvery    = 20 * time.Millisecond  // for how fast bytes go
+	maxBatch     = 64 << 10               // bytes in one writev
+	maxRecord    = 16 << 10               // bytes in one TLS record. RFC 8446 5.1
+
+	paceEvery = 20 * time.Millisecond // for how fast bytes go
 )
 
 // wire is a TCP connection as the kernel sees it; of the zero value nothing is
@@ -32,24 +35,18 @@ func newWire(tcp *net.TCPConn) wire {
 	return wire{conn}
 }
 
-// wireInfo is what the kernel knows of a connection.
-type wireInfo struct {
-	acked  uint64        // bytes acknowledged
-	minRTT time.Duration // the least round trip lately: that without a queue on the way
-	rate   uint64        // bytes a second that went while there were enough of them
-}
-
-// info returns what is known; ok is false if that is nothing.
-func (w wire) info() (info wireInfo, ok bool) {
+// acked returns how many bytes are acknowledged; ok is false if that is not known.
+func (w wire) acked() (n uint64, ok bool) {
 	if w.conn == nil {
-		return wireInfo{}, false
+		return 0, false
 	}
-	return tcpInfo(w.conn)
+	n, _, _, ok = tcpInfo(w.conn)
+	return n, ok
 }
 
 // known reports whether anything is known.
 func (w wire) known() bool {
-	_, ok := w.info()
+	_, ok := w.acked()
 	return ok
 }
 
@@ -91,17 +88,20 @@ func (c *pace) look(w wire, now time.Time) {
 
 // lookAtRate updates the rate, which was last looked at so long ago.
 func (c *pace) lookAtRate(w wire, since time.Duration) {
-	info, ok := w.info()
-	if !ok || info.rate == 0 {
+	if w.conn == nil {
 		return
 	}
-	c.minRTT = info.minRTT
+	_, minRTT, rate, ok := tcpInfo(w.conn)
+	if !ok || rate == 0 {
+		return
+	}
+	c.minRTT = minRTT
 	// What a queue took in a burst is no rate: it may fall at once, and rises slowly.
 	share := min(float64(since)/float64(2*paceEvery), 1)
-	if float64(info.rate) > c.rate && c.rate > 0 {
+	if float64(rate) > c.rate && c.rate > 0 {
 		share /= 4
 	}
-	c.rate += (float64(info.rate) - c.rate) * share
+	c.rate += (float64(rate) - c.rate) * share
 }
 
 // time returns how long so many bytes take.
