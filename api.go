@@ -95,7 +95,7 @@ func (s *server) table() *http.ServeMux {
 	m.HandleFunc("POST /login", s.login)
 
 	// Without these, ServeMux would answer with a redirect.
-	for _, path := range []string{"/ts", "/in", "/out"} {
+	for _, path := range []string{"/ts", "/in", "/out", "/api/check"} {
 		m.Handle(path, handler(func(*http.Request) (any, error) { return nil, invalid("path %q: the name is missing", path) }))
 	}
 	for _, path := range []string{"/api/streams", "/api/destinations"} {
@@ -122,8 +122,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if r.Method == http.MethodPost || r.Method == http.MethodPut || r.Method == "UPDATE" {
-		if path, ok := strings.CutSuffix(r.URL.Path, "/"); ok && strings.HasPrefix(path, "/api/") {
-			r.URL.Path, r.URL.RawPath = path, ""
+		switch r.URL.Path { // a slash too many
+		case "/api/streams/", "/api/destinations/", "/api/mute/":
+			r.URL.Path, r.URL.RawPath = strings.TrimSuffix(r.URL.Path, "/"), ""
 		}
 	}
 	if err := tidyPath(r.URL); err != nil {

@@ -136,15 +136,17 @@ func TestFeedStates(t *testing.T) {
 		want    string
 	}
 	tables := func(m *tsMaker) { m.tables(testVideo, typeH264, testAudio, typeMPEG1Audio) }
+	var began time.Time // of the test, by the clock of its bubble
 	picture := func(es string) func(m *tsMaker, i int) {
 		return func(m *tsMaker, i int) {
 			tables(m)
-			m.elementary(testVideo, unitOfClip{pts: ticks(i) * 3600, dts: ticks(i) * 3600, es: []byte(es)}, 0)
+			at := toTicks(time.Since(began))
+			m.elementary(testVideo, unitOfClip{pts: at, dts: at, es: []byte(es)}, 0)
 		}
 	}
 	sound := func(m *tsMaker, i int) {
 		tables(m)
-		m.frame(pes{pid: testAudio, id: 0xc0, size: 300, length: true})
+		m.frame(pes{pid: testAudio, id: 0xc0, pts: toTicks(time.Since(began)), size: 300, length: true})
 	}
 	empty := func(m *tsMaker, i int) {
 		tables(m)
@@ -193,6 +195,7 @@ func TestFeedStates(t *testing.T) {
 				}()
 				x.join("video0", newSubscriber(raw, time.Second, nil))
 				var m tsMaker
+				began = time.Now()
 				n := 0
 				for i, s := range tt.steps {
 					for end := time.Now().Add(time.Duration(s.seconds) * time.Second); time.Now().Before(end); n++ {
