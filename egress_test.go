@@ -524,7 +524,7 @@ func TestTakeOverToken(t *testing.T) {
 			}
 		}
 	})
-	defer other.Close()
+	defer other.SetDeadline(past)
 	tasks.Go(func() {
 		foreign := newMicrophone()
 		foreign.size, foreign.pid = 3700, 0x200
@@ -553,7 +553,7 @@ func TestTakeOverToken(t *testing.T) {
 			mu.Unlock()
 		}
 	})
-	defer viewer.Close()
+	defer viewer.SetDeadline(past)
 	set := func(lasts time.Duration) {
 		t.Helper()
 		rule := destinationRule{ID: "0", Stream: "video0", Destination: "ws://" + relay + "/in/a", Token: relayToken("/in/a", lasts)}
