@@ -282,6 +282,7 @@ func TestStateSlowDisk(t *testing.T) {
 			}
 			close(disk)
 			calls.Wait()
+			waitFor(t, "the disk", r.file.isCurrent)
 			onDisk, want := onDisk(t, file), string(tt.want.encode())
 			if got := string(r.set().encode()); got != want || onDisk != want {
 				t.Errorf("got %s, and on the disk %s, want %s", got, onDisk, want)
