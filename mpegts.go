@@ -452,7 +452,10 @@ type sections struct {
 	cc      int    // continuity counter of the last of them
 }
 
-const maxSection = 1024 // bytes; section_length is at most 1021. ISO 13818-1 2.4.4.5
+const (
+	maxSection        = 1024 // bytes; section_length is at most 1021. ISO 13818-1 2.4.4.5
+	maxSectionPackets = 16   // that one section may be spread over
+)
 
 // add takes one packet, and calls take with each whole section whose CRC is
 // right and the packets in which it came. Both are only valid during the call.
@@ -476,6 +479,9 @@ func (s *sections) add(p packet, take func(section, packets []byte)) {
 		s.buf = s.buf[:0] // lost one: wait for the next start
 	}
 	s.cc = p.continuity()
+	if len(s.packets) >= maxSectionPackets*packetSize {
+		s.buf = s.buf[:0] // no muxer spreads a section so thin
+	}
 	if len(s.buf) > 0 {
 		s.buf = append(s.buf, b...)
 		s.packets = append(s.packets, p...)
@@ -501,6 +507,7 @@ func (s *sections) drain(take func(section, packets []byte)) {
 			take(s.buf[:n], s.packets)
 		}
 		s.buf = s.buf[:copy(s.buf, s.buf[n:])]
+		s.packets = s.packets[:copy(s.packets, s.packets[len(s.packets)-packetSize:])] // the next section begins in it
 	}
 	if len(s.buf) >= 3 || len(s.buf) > 0 && s.buf[0] == 0xff {
 		s.buf = s.buf[:0]

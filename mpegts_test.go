@@ -166,3 +166,31 @@ func TestPSIPrograms(t *testing.T) {
 		})
 	}
 }
+
+// TestSectionsBounded: a section that is spread over packet after packet, or
+// sections without end in one unit, are not kept (I8).
+func TestSectionsBounded(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		next func(i int) packet
+	}{
+		{"one byte a packet", func(i int) packet {
+			p := append([]byte{syncByte, 0x40, 0, 0x30 | byte(i&15), packetSize - 6}, make([]byte, packetSize-5)...)
+			return packet(p)
+		}},
+		{"full packets of one section", func(i int) packet {
+			p := append([]byte{syncByte, 0, 0, 0x10 | byte(i&15)}, make([]byte, packetSize-4)...)
+			return packet(p)
+		}},
+	} {
+		var s sections
+		start := append([]byte{syncByte, 0x40, 0, 0x10, 0, 0, 0xb3, 0xe8}, make([]byte, packetSize-8)...)
+		s.add(start, func(_, _ []byte) {})
+		for i := range 10_000 {
+			s.add(tt.next(i+1), func(_, _ []byte) {})
+			if most := (maxSectionPackets + 1) * packetSize; len(s.packets) > most || len(s.buf) > maxSection+packetSize {
+				t.Fatalf("%s: got %d bytes of packets and %d of section after %d packets, want at most %d", tt.name, len(s.packets), len(s.buf), i, most)
+			}
+		}
+	}
+}
