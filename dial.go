@@ -175,7 +175,7 @@ func (a *attempt) access(ctx context.Context, to target) (*url.URL, error) {
 			return allowed, nil
 		}
 		var status statusError
-		if errors.As(err, &status) && status.location != "" && (status.status == http.StatusTemporaryRedirect || status.status == http.StatusPermanentRedirect) {
+		if errors.As(err, &status) && status.location != "" && keepsMethod(status.status) {
 			var next *url.URL
 			if next, err = redirect(u, status, hops, true); err == nil {
 				u, a.at = next, next
@@ -212,6 +212,9 @@ func (a *attempt) post(ctx context.Context, conn net.Conn, u *url.URL, to target
 		return allowedURL(u, b)
 	}
 	refused := newStatusError(answer, b)
+	if refused.location != "" && !keepsMethod(refused.status) {
+		refused.location, refused.unfollowed = withoutSecrets(refused.location), "not followed: it asks for a GET"
+	}
 	err = fmt.Errorf("access: %w", refused)
 	switch {
 	case isAway(refused.status), refused.status == http.StatusTooManyRequests:
@@ -220,6 +223,12 @@ func (a *attempt) post(ctx context.Context, conn net.Conn, u *url.URL, to target
 		err = noPostError{refused}
 	}
 	return nil, tokenRefusedError{err}
+}
+
+// keepsMethod reports whether a redirect asks for the same method again.
+// RFC 9110 15.4
+func keepsMethod(status int) bool {
+	return status == http.StatusTemporaryRedirect || status == http.StatusPermanentRedirect
 }
 
 // allowedURL reads the answer of the access point u: {"uri":"wss://…?code=…"}. A
@@ -233,7 +242,7 @@ func allowedURL(u *url.URL, b []byte) (*url.URL, error) {
 	switch {
 	case err != nil || to.User != nil || to.Scheme != "ws" && to.Scheme != "wss":
 		return nil, errors.New(`access: "uri" in the answer is not the URL of a websocket`)
-	case u.Scheme == "https" && to.Scheme != "wss":
+	case isTLS(u) && !isTLS(to):
 		return nil, errors.New(`access: "uri" in the answer is not wss, though access is https`)
 	}
 	return to, nil

@@ -335,6 +335,7 @@ func TestAllowedURL(t *testing.T) {
 		{"http://a", "wss://b/?code=1", ""},
 		{"https://a", "wss://b/?code=1", ""},
 		{"https://a", "ws://b/?code=1", "not wss"},
+		{"wss://a", "ws://b/?code=1", "not wss"}, // https, after a redirect
 		{"https://a", "https://b/?code=1", "not the URL of a websocket"},
 		{"https://a", "//b/?code=1", "not the URL of a websocket"},
 		{"https://a", "wss://b/?code=1#x", "not the URL of a websocket"},

@@ -350,7 +350,7 @@ func redirect(u *url.URL, e statusError, hops int, secret bool) (*url.URL, error
 		e.unfollowed = "not the URL of a relay"
 	case hops >= maxRedirects:
 		e.unfollowed = fmt.Sprintf("after %d others", hops)
-	case u.Scheme == "wss" && to.Scheme == "ws":
+	case isTLS(u) && !isTLS(to):
 		e.unfollowed = "not followed: it leaves TLS"
 	case secret && hostPort(u) != hostPort(to):
 		e.unfollowed = "not followed: the secrets of the rule are for another host"
@@ -360,6 +360,9 @@ func redirect(u *url.URL, e statusError, hops int, secret bool) (*url.URL, error
 	}
 	return nil, e
 }
+
+// isTLS reports whether u is reached over TLS.
+func isTLS(u *url.URL) bool { return u.Scheme == "wss" || u.Scheme == "https" }
 
 // isLocal reports whether an address is one of this machine or network, where a
 // redirect from outside may not lead.

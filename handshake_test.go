@@ -197,6 +197,10 @@ func TestRedirectTLS(t *testing.T) {
 			t.Errorf("%s: got %v, %v", location, to, err)
 		}
 	}
+	access, _ := cleanURL("https://relay/a")
+	if to, err := redirect(access, statusError{status: 308, location: "http://relay:443/b"}, 0, true); err == nil || !strings.Contains(err.Error(), "it leaves TLS") {
+		t.Errorf("from https: got %v, %v", to, err)
+	}
 	if to, err := redirect(u, statusError{status: 302, location: "https://relay/b"}, 0, false); err != nil || to.String() != "wss://relay/b" {
 		t.Errorf("got %v, %v", to, err)
 	}
