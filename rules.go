@@ -172,6 +172,7 @@ func (r *rules) awaitDisk(c *change, begun time.Time) error {
 	default:
 	}
 	r.file.tellHang()
+	r.unstored = slices.DeleteFunc(r.unstored, func(o *change) bool { return o == c }) // nobody waits for its result
 	if i := slices.Index(r.pending, c); i >= 0 && c.takes {
 		r.applyChange(c)
 	} else if i >= 0 {
