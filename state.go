@@ -373,10 +373,6 @@ func readState(name string, log *slog.Logger) (ruleSet, error) {
 	if !info.Mode().IsRegular() {
 		return ruleSet{}, fmt.Errorf("%s is not a regular file", name)
 	}
-	if mode := info.Mode().Perm(); mode&0o077 != 0 && runtime.GOOS != "windows" {
-		err := os.Chmod(name, mode&0o700)
-		log.Warn("VW_STATE: others could read the file, which may hold secrets; now its owner alone can", "mode", mode, "err", err)
-	}
 	f, err := os.Open(name)
 	if err != nil {
 		return ruleSet{}, err
@@ -389,7 +385,15 @@ func readState(name string, log *slog.Logger) (ruleSet, error) {
 	if len(b) > maxState {
 		return ruleSet{}, fmt.Errorf("%s has more than %d bytes", name, maxState)
 	}
-	return decodeState(b)
+	set, err := decodeState(b)
+	if mode := info.Mode().Perm(); err == nil && mode&0o077 != 0 && runtime.GOOS != "windows" {
+		if err := os.Chmod(name, mode&0o700); err != nil {
+			log.Warn("VW_STATE: others can read the file, which may hold secrets", "mode", mode, "err", err)
+		} else {
+			log.Warn("VW_STATE: others could read the file, which may hold secrets; now its owner alone can", "mode", mode)
+		}
+	}
+	return set, err
 }
 
 // unsyncedError: a file has its new content, but a power cut may undo that.
