@@ -204,7 +204,7 @@ func (w way) adviseOpen(err error, s step) string {
 	case 1002:
 		return fmt.Sprintf("The relay at %s says that vw breaks the rules of websockets: something on the way may alter what is sent.", w.relay)
 	case 1008:
-		return fmt.Sprintf("The relay at %s closes the websocket by its policy: it does not take video at this address (an address to watch, such as /out/…, takes none), or not from this client.", w.relay)
+		return fmt.Sprintf("The relay at %s closes the websocket by its policy: another publisher has taken this address over (a second destination or a second vw with this URL?), it takes no video there (an address to watch, such as /out/…, takes none), or none from this client.", w.relay)
 	case 1009:
 		return fmt.Sprintf("The relay at %s does not take messages of this size: it must allow 1 MiB (1048576 bytes), or the camera's keyframes must be smaller.", w.relay)
 	case 1012, 1013:
