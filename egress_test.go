@@ -127,15 +127,15 @@ func TestOneLineAnEpisode(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newLab(t, nil)
 		defer l.close()
-		n := 0
+		var dials atomic.Int64
 		l.dialer.dial = func(context.Context, string, string) (net.Conn, error) {
-			n++
+			n := dials.Add(1)
 			return nil, fmt.Errorf("%s at %v from port %d", []string{"refused", "no route"}[n%2], time.Now(), 40000+n)
 		}
 		l.send("video0", "ws://relay")
 		time.Sleep(time.Minute)
-		if log := l.log.String(); strings.Count(log, "level=WARN") != 2 || n < 100 {
-			t.Errorf("got %d dials and the log\n%swant each cause once", n, log)
+		if log := l.log.String(); strings.Count(log, "level=WARN") != 2 || dials.Load() < 100 {
+			t.Errorf("got %d dials and the log\n%swant each cause once", dials.Load(), log)
 		}
 	})
 }
