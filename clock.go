@@ -33,6 +33,8 @@ const (
 
 	lookAhead = second * 22 / 1000 // an AAC encoder keeps one frame back
 
+	lead = second / 5 // by which what goes out is ahead of the PCR
+
 	// A PES whose DTS would be later than maxLate behind now is too late. That
 	// is less than 2.5 s since the PCR may be a little ahead of now.
 	maxLate    = second * 245 / 100

@@ -13,7 +13,6 @@ import (
 )
 
 const (
-	lead      = second / 5 // by which PTS are ahead of the PCR
 	maxPSIGap = second / 10
 	psiEvery  = second / 20 // with the next frame's 40 ms this stays under maxPSIGap
 )

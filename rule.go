@@ -788,3 +788,8 @@ func hideIn(text, secret string) string {
 		text = rest[n:]
 	}
 }
+
+// subset reports whether every name of a is in b.
+func subset(a, b []string) bool {
+	return !slices.ContainsFunc(a, func(name string) bool { return !slices.Contains(b, name) })
+}

@@ -343,11 +343,6 @@ func (r *rules) replaceStream(rule streamRule, begun time.Time) (streamRule, err
 	return rule, r.carryOut(c, begun, !adds)
 }
 
-// subset reports whether every name of a is in b.
-func subset(a, b []string) bool {
-	return !slices.ContainsFunc(a, func(name string) bool { return !slices.Contains(b, name) })
-}
-
 // streamChange is the change to rule.
 func (r *rules) streamChange(rule streamRule) *change {
 	return &change{
