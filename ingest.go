@@ -195,6 +195,9 @@ func (f *framer) tick(at time.Time) {
 // compact moves what is held to the front of buf.
 func (f *framer) compact() {
 	from := max(0, f.base-packetSize)
+	if from == 0 {
+		return
+	}
 	f.buf = f.buf[:copy(f.buf, f.buf[from:])]
 	f.base -= from
 	f.done -= from
