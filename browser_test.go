@@ -68,6 +68,7 @@ type devToolsMessage struct {
 // open shows a page, in a tab whose console is listened to.
 func (b *browser) open(t *testing.T, page string) {
 	t.Helper()
+	b.session = "" // of the browser: one that hangs on a page would end with that
 	var target struct{ TargetID string }
 	b.call(t, "Target.createTarget", map[string]any{"url": "about:blank", "newWindow": true}, &target)
 	var attached struct{ SessionID string }
