@@ -307,6 +307,7 @@ func checkReturns(t *testing.T, v *vwProcess, r *relayProcess, url, absent strin
 // Not parallel: a relay that shares its processor with other tests does not
 // keep up.
 func TestE2EBurst(t *testing.T) {
+	wallClock(t)
 	const (
 		rate   = 200e6 / 8 // bytes a second
 		relays = 4

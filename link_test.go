@@ -182,6 +182,7 @@ func narrow(t *testing.T, port, kbit int, queue time.Duration) {
 // TestNarrowLink: over a link that is narrower than its feed, what arrives is
 // fresh, gaps end at keyframes, and the neighbour's relay gets everything.
 func TestNarrowLink(t *testing.T) {
+	wallClock(t)
 	if !inNamespace(t) {
 		return
 	}

@@ -20,6 +20,7 @@ import (
 
 // TestStall: a relay that stops reading for 4 s, at 1, 4 and 8 Mbit/s.
 func TestStall(t *testing.T) {
+	wallClock(t)
 	for _, mbit := range []int{1, 4, 8} {
 		t.Run(fmt.Sprint(mbit, " Mbit"), func(t *testing.T) {
 			t.Parallel()
@@ -188,6 +189,7 @@ func TestDeadPath(t *testing.T) {
 // 1,000 times by rules and as often by the switch. After the call no message with the muted track is begun, and
 // framing and video are whole.
 func TestMute(t *testing.T) {
+	wallClock(t)
 	for _, by := range []string{"rule", "switch", "switch, on a feed"} {
 		t.Run(by, func(t *testing.T) {
 			r, ctx, tasks := realRules(t, io.Discard)
@@ -301,6 +303,7 @@ func hasAudio(check *tsCheck, b []byte) bool {
 // after the call nothing of the muted track comes, and no packet of the video is
 // lost.
 func TestMuteSeen(t *testing.T) {
+	wallClock(t)
 	ca := newCerts(t)
 	for _, by := range []string{"rule", "switch"} {
 		for _, way := range []string{"ws", "wss", "GET", "out"} {

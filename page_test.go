@@ -674,6 +674,7 @@ func (b pageBrowser) quiet(t *testing.T, expected ...string) {
 // TestPagePreview: every codec that can be played, alone and in streams, with
 // sound at a tap, through a mute, a restart and a lost connection.
 func TestPagePreview(t *testing.T) {
+	wallClock(t)
 	t.Parallel()
 	v := startVW(t, "VW_PLAYER="+npmPlayers(t))
 	b := pageBrowser{startBrowser(t)}
@@ -764,6 +765,7 @@ func TestPagePreview(t *testing.T) {
 // TestPageLive: H.264 and AAC of two ffmpegs, 30 s long: every picture, sound,
 // and never a second behind.
 func TestPageLive(t *testing.T) {
+	wallClock(t)
 	t.Parallel()
 	v := startVW(t, "VW_PLAYER="+npmPlayers(t))
 	startFFmpeg(t, realTime, videoInput, liveCodec, []string{v.url + "/ts/video0"})

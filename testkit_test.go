@@ -102,6 +102,15 @@ var (
 // discardLog is a logger for what no test reads.
 var discardLog = slog.New(slog.DiscardHandler)
 
+// wallClock is for tests of limits in real time. The race detector makes vw and
+// the tests several times slower, so test.sh runs these again without it.
+func wallClock(t *testing.T) {
+	t.Helper()
+	if underRace {
+		t.Skip("limits in real time are looked at without the race detector")
+	}
+}
+
 // waitFor waits at most 5 s for ok.
 func waitFor(t testing.TB, what string, ok func() bool) {
 	t.Helper()
