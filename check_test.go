@@ -35,14 +35,6 @@ func runCheck(t *testing.T, url string, env ...string) (status int, out string) 
 	return cmd.ProcessState.ExitCode(), string(b)
 }
 
-// slowly reads 40 kB/s.
-type slowly struct{ net.Conn }
-
-func (c slowly) Read(p []byte) (int, error) {
-	time.Sleep(100 * time.Millisecond)
-	return c.Conn.Read(p[:min(len(p), 4000)])
-}
-
 // listenFull returns an address where no connection comes about: what is sent
 // there is dropped, as firewalls do.
 func listenFull(t *testing.T) string {
@@ -171,7 +163,7 @@ func TestCheck(t *testing.T) {
 		{"accepts, then silent", "ws://HOST", nil, func(conn net.Conn) { accept(conn); silent(conn) }, "ping", `The websocket opens, but nothing comes back through it`},
 		{"slow", "ws://HOST", nil, func(conn net.Conn) {
 			conn.(*net.TCPConn).SetReadBuffer(4096)
-			serveRelay(slowly{conn}, func([]byte) {})
+			serveRelay(&rated{Conn: conn, rate: 40_000}, func([]byte) {})
 		}, "send", `The way to HOST is too slow for video: a camera needs 1.5 Mbit/s.`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -180,6 +180,25 @@ func good(conn net.Conn) { serveRelay(conn, func([]byte) {}) }
 // silent reads, and says nothing.
 func silent(conn net.Conn) { io.Copy(io.Discard, conn) }
 
+// rated reads so many bytes a second, and no more than that from the kernel. Where
+// the machine made it late, it catches up a little.
+type rated struct {
+	net.Conn
+	rate int
+	due  time.Time // when the next may be read
+}
+
+func (c *rated) Read(p []byte) (int, error) {
+	const maxBehind = 100 * time.Millisecond
+	time.Sleep(time.Until(c.due))
+	n, err := c.Conn.Read(p[:min(len(p), c.rate/50)])
+	if least := time.Now().Add(-maxBehind); c.due.Before(least) {
+		c.due = least
+	}
+	c.due = c.due.Add(time.Duration(n) * time.Second / time.Duration(c.rate))
+	return n, err
+}
+
 // serveEach accepts on l, and serves each connection, until end is called or
 // the test ends.
 func serveEach(t testing.TB, l net.Listener, serve func(net.Conn)) (end func()) {
