@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"regexp"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -44,7 +43,7 @@ func listenFull(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	raw.Control(func(fd uintptr) { err = syscall.Listen(int(fd), 0) })
+	err = limitBacklog(raw)
 	for range 100 {
 		conn, dialErr := net.DialTimeout("tcp", l.Addr().String(), 200*time.Millisecond)
 		if dialErr != nil {

@@ -272,7 +272,7 @@ func TestSlowReader(t *testing.T) {
 	enough := make(chan struct{})
 	var conns atomic.Int64
 	config := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
-		return raw.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 32<<10) })
+		return limitReceived(raw, 32<<10)
 	}}
 	l, err := config.Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {

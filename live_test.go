@@ -15,7 +15,6 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-	"unsafe"
 )
 
 // TestStall: a relay that stops reading for 4 s, at 1, 4 and 8 Mbit/s.
@@ -449,13 +448,6 @@ func TestThousand(t *testing.T) {
 		t.Errorf("a destination fell more than 500 ms behind, or was lost:\n%s", out)
 	}
 	t.Logf("%.0f MB", mb(rss))
-}
-
-// inQueue is how many bytes the kernel holds that were not read yet.
-func inQueue(fd uintptr) int {
-	var n int32
-	ioctl(int(fd), 0x541b, unsafe.Pointer(&n)) // FIONREAD
-	return int(n)
 }
 
 // TestPathDown: the link to a relay in a network namespace goes down, and

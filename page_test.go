@@ -18,7 +18,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -1102,8 +1101,8 @@ func TestPageDeadRelay(t *testing.T) {
 	b.until(t, "open", part(destination, "state")+".textContent")
 	b.until(t, "true", part(destination, "rate")+".textContent.endsWith('bit/s')")
 	stopped := time.Now()
-	relay.signal(t, syscall.SIGSTOP)
-	defer relay.signal(t, syscall.SIGCONT)
+	relay.signal(t, signalStop)
+	defer relay.signal(t, signalContinue)
 	b.until(t, "true", part(destination, "state")+".textContent !== 'open' && "+part(destination, "reason")+".textContent !== ''")
 	t.Logf("the silent relay showed after %.1f s: %s", time.Since(stopped).Seconds(), b.js(t, part(destination, "reason")+".textContent"))
 }

@@ -404,11 +404,10 @@ func (s *stalling) Read(p []byte) (int, error) {
 
 func (r *chaosRelay) start() {
 	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		return c.Control(func(fd uintptr) {
-			if r.rcvbuf > 0 {
-				syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, r.rcvbuf)
-			}
-		})
+		if r.rcvbuf == 0 {
+			return nil
+		}
+		return limitReceived(c, r.rcvbuf)
 	}}
 	addr := r.addr
 	if addr == "" {
@@ -762,27 +761,6 @@ func listenLoopback(t testing.TB) net.Listener {
 	}
 	t.Cleanup(func() { l.Close() })
 	return l
-}
-
-// holdPort returns a port of 127.0.0.1 that nobody listens on until the test
-// ends, but who shares it.
-func holdPort(t *testing.T) int {
-	t.Helper()
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { syscall.Close(fd) })
-	const reusePort = 15 // asm-generic/socket.h
-	addr := &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}
-	if err := errors.Join(syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, reusePort, 1), syscall.Bind(fd, addr)); err != nil {
-		t.Fatal(err)
-	}
-	name, err := syscall.Getsockname(fd)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return name.(*syscall.SockaddrInet4).Port
 }
 
 // startNginx puts nginx with TLS in front of a relay and returns its address.
