@@ -58,6 +58,9 @@ func TestMain(m *testing.M) {
 		flag.Set("test.parallel", "5") // most of them wait, for relays that are silent
 	}
 	status := m.Run()
+	if dir, err := buildDir(); err == nil { // beside a binary of go test -c it would stay
+		os.RemoveAll(dir)
+	}
 	http.DefaultClient.CloseIdleConnections()
 	if left := leaked(); left != "" && status == 0 {
 		fmt.Fprintf(os.Stderr, "goroutines left behind:\n%s\n", left)
@@ -173,7 +176,8 @@ func needs(t testing.TB, name string) string {
 	return path
 }
 
-// buildDir is beside the test binary, where go test removes it.
+// buildDir is beside the test binary, where go test removes it even when a
+// test panics.
 var buildDir = sync.OnceValues(func() (string, error) {
 	self, err := os.Executable()
 	if err != nil {
