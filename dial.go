@@ -92,8 +92,9 @@ func (e noPostError) Error() string {
 
 func (e noPostError) Unwrap() error { return e.statusError }
 
-// errInside is why a redirect is not followed to an address of this network.
-var errInside = errors.New("the redirect leads to an address of this network, and is not followed")
+// errInside is why a relay that is not on this machine or network can't send us to one
+// that is, by a redirect or the answer of an access point.
+var errInside = errors.New("the relay sends us to an address of this network, which is not followed")
 
 // open connects to a relay, and returns when media may flow: the connection, and
 // the inbox that has read so far. It ends with ctx, and each of its steps within
@@ -111,8 +112,8 @@ type attempt struct {
 	via    *url.URL // the proxy on the way there; nil: none
 	secret []string
 
-	local   bool // the relay that was asked for is on this machine or network
-	outside bool // do not connect to local addresses: a redirect may not lead there
+	begun   bool // something was connected to: what comes now was not asked for by the rule
+	outside bool // that was not on this machine or network, and nothing from now on may be
 }
 
 // finish ends a step: it tells the trace, and returns err as a stepError.
@@ -252,13 +253,9 @@ func allowedURL(u *url.URL, b []byte) (*url.URL, error) {
 func (a *attempt) websocket(ctx context.Context, u *url.URL, to target) (net.Conn, *inbox, error) {
 	secret := to.token != "" || len(to.header) > 0 || u.User != nil
 	for hops := 0; ; hops++ {
-		a.at, a.outside = u, hops > 0 && !a.local
 		conn, err := a.reach(ctx, u)
 		if err != nil {
 			return nil, nil, err
-		}
-		if hops == 0 {
-			a.local = a.isLocal(conn)
 		}
 		in, err := upgrade(ctx, conn, u, to.header)
 		if err == nil {
@@ -382,6 +379,9 @@ func (a *attempt) connect(ctx context.Context, u *url.URL) (net.Conn, error) {
 	}
 	if err != nil {
 		return nil, a.finish(stepTCP, unreachableError{err}, "")
+	}
+	if !a.begun {
+		a.begun, a.outside = true, !a.isLocal(conn)
 	}
 	a.finish(stepTCP, nil, conn.RemoteAddr().String())
 	return conn, nil

@@ -194,6 +194,10 @@ func TestAccessPoint(t *testing.T) {
 		{"no uri", reply("200 OK", "{}"), "", 9, 15, "not the URL of a websocket"},
 		{"not a websocket", uri("http://media/?code=code-1"), "", 9, 15, "not the URL of a websocket"},
 		{"with a user", uri("ws://me:code-1@media/"), "", 9, 15, "not the URL of a websocket"},
+		{"to this machine", uri("ws://127.0.0.1/?code=code-1"), "", 9, 15, "an address of this network"},
+		{"to localhost", uri("ws://localhost:81/?code=code-1"), "", 9, 15, "an address of this network"},
+		{"to a private address", uri("wss://10.1.2.3/?code=code-1"), "", 9, 15, "an address of this network"},
+		{"to a link-local address", uri("ws://[fe80::1]/?code=code-1"), "", 9, 15, "an address of this network"},
 		{"100 KB", reply("200 OK", strings.Repeat("x", 100000)), "", 9, 15, "longer than 65536 bytes"},
 		{"1 MB of header", func(int) string { return "HTTP/1.1 200 OK\r\nX: " + strings.Repeat("y", 1<<20) }, "", 9, 15, "access: "},
 		{"SSH", func(int) string { return "SSH-2.0-OpenSSH_9.2\r\n" }, "", 9, 15, "malformed HTTP response"},
@@ -250,6 +254,9 @@ func TestAccessPoint(t *testing.T) {
 					t.Fatal(err)
 				}
 				time.Sleep(60 * time.Second)
+				if advice := l.destinations["0"].stats(time.Now()).Advice; strings.HasPrefix(tt.name, "to ") && !strings.Contains(advice, "The access point at relay:80 sends vw to ") {
+					t.Errorf("got the advice %q", advice)
+				}
 				mu.Lock()
 				if posts < tt.least || posts > tt.most {
 					t.Errorf("got %d POSTs, want %d to %d", posts, tt.least, tt.most)
@@ -270,6 +277,20 @@ func TestAccessPoint(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestAccessPointLocal: an access point of this network may name a relay in it.
+func TestAccessPointLocal(t *testing.T) {
+	relay, access := listenLoopback(t), listenLoopback(t)
+	serveEach(t, relay, good)
+	answer := fmt.Sprintf(`{"uri":"ws://%s/?code=1"}`, relay.Addr())
+	serveEach(t, access, reply(fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(answer), answer)))
+	u, _ := cleanURL("http://" + access.Addr().String() + "/session/x")
+	conn, _, err := newDialer().open(t.Context(), target{url: u, token: testToken, header: make(http.Header)})
+	if err != nil || conn.RemoteAddr().String() != relay.Addr().String() {
+		t.Fatalf("got %v, want a connection to %v", err, relay.Addr())
+	}
+	conn.Close()
 }
 
 // TestTokenTLS: both dialects over TLS, with the roots that vouch for relays;
