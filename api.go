@@ -46,7 +46,7 @@ type server struct {
 }
 
 func newServer(ctx context.Context, r *rules, token string, log *slog.Logger) *server {
-	d := newDoor(token, log, slices.Collect(maps.Keys(pageTypes))...)
+	d := newDoor(token, r.countDestinations, log, slices.Collect(maps.Keys(pageTypes))...)
 	s := &server{
 		ctx:      ctx,
 		commands: &commands{rules: r, started: time.Now()},

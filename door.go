@@ -7,7 +7,8 @@
 // To open a connection, and to say little on it, costs a caller nothing. So a
 // caller too many is not refused: the connection that was served or opened
 // longest ago is closed, and the newest is heard. Publishers and readers stay,
-// and have limits of their own.
+// and have limits of their own. Where the system gives vw few descriptors, readers
+// are refused first: relays, publishers and callers keep a share.
 
 package main
 
@@ -39,9 +40,15 @@ import (
 	"golang.org/x/net/websocket"
 )
 
+// These hold where vw may have enough descriptors.
 const (
 	maxCallers = 512 // connections that neither publish nor read
 	maxReaders = 1024
+)
+
+const (
+	enoughDescriptors = 1 << 16 // for every limit
+	ownDescriptors    = 32      // that vw has open itself: listeners, log, state file, lookups of names
 )
 
 const (
@@ -62,17 +69,25 @@ type door struct {
 	cross  *http.CrossOriginProtection
 	log    *slog.Logger
 
-	readers atomic.Int64
-	guesses guesses
+	descriptors int        // that vw may have
+	maxCallers  int        // connections that neither publish nor read
+	relays      func() int // how many relays vw is to send to
+
+	readers  atomic.Int64
+	guesses  guesses
+	episodes episodes // that the log was told of
 
 	mu      sync.Mutex
 	callers list.List // of net.Conn; the next to make room is in front
 	at      map[net.Conn]*list.Element
 }
 
-// newDoor returns a door that asks nobody for a token on the public paths.
-func newDoor(token string, log *slog.Logger, public ...string) *door {
+// newDoor returns a door that asks nobody for a token on the public paths. relays
+// returns the number of relays to send to.
+func newDoor(token string, relays func() int, log *slog.Logger, public ...string) *door {
+	descriptors := descriptorLimit()
 	d := &door{
+		descriptors: descriptors, maxCallers: min(maxCallers, descriptors/4), relays: relays,
 		token: token, public: public, cross: http.NewCrossOriginProtection(), log: log,
 		at: make(map[net.Conn]*list.Element), guesses: guesses{by: make(map[netip.Prefix]*guesser)},
 	}
@@ -94,7 +109,7 @@ func (d *door) track(c net.Conn, state http.ConnState) {
 		d.mu.Lock()
 		d.drop(c)
 		d.at[c] = d.callers.PushBack(c)
-		full := d.callers.Len() > maxCallers
+		full := d.callers.Len() > d.maxCallers
 		d.mu.Unlock()
 		if full {
 			d.makeRoom()
@@ -137,11 +152,28 @@ func (d *door) settle(r *http.Request) {
 	d.drop(c)
 }
 
+// readerLimit returns how many readers there may be: what others may need of the
+// descriptors is left to them. A relay needs two while another URL takes over.
+func (d *door) readerLimit() int {
+	n := d.descriptors
+	others := min(ownDescriptors, n/4) + d.maxCallers + min(maxPublishers, n/8) + max(2*d.relays(), n/8)
+	return max(0, min(maxReaders, n-others))
+}
+
 // reader settles r as a reader, until leave.
 func (d *door) reader(r *http.Request) (leave func(), err error) {
-	if d.readers.Add(1) > maxReaders {
+	limit := d.readerLimit()
+	if d.readers.Add(1) > int64(limit) {
 		d.readers.Add(-1)
-		return nil, fmt.Errorf("there are %d readers: %w", maxReaders, errFull)
+		if limit < maxReaders {
+			err = fmt.Errorf("there are %d readers, and vw may have %d descriptors for all that it does: %w", limit, d.descriptors, errFull)
+		} else {
+			err = fmt.Errorf("there are %d readers: %w", limit, errFull)
+		}
+		if d.episodes.begins("readers", time.Now()) {
+			d.log.Warn("a reader is refused; more of them are not logged", "remote", r.RemoteAddr, "err", err)
+		}
+		return nil, err
 	}
 	d.settle(r)
 	return func() { d.readers.Add(-1) }, nil
@@ -157,6 +189,9 @@ func (l doorListener) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
 	if errors.Is(err, syscall.EMFILE) {
 		l.door.makeRoom() // http.Server soon tries again
+		if l.door.episodes.begins("descriptors", time.Now()) {
+			l.door.log.Warn("vw has no descriptor left, and closes connections that say nothing", "descriptors", l.door.descriptors)
+		}
 	}
 	return c, err
 }
@@ -428,8 +463,12 @@ func refuse(w http.ResponseWriter, r *http.Request, err error) {
 	case errors.Is(err, errShutdown), errors.Is(err, errFull):
 		status = http.StatusServiceUnavailable
 	}
-	if status == http.StatusTooManyRequests {
+	switch status {
+	case http.StatusTooManyRequests:
 		w.Header().Set("Retry-After", strconv.Itoa(int(maxGuessWait.Seconds())))
+	case http.StatusServiceUnavailable:
+		w.Header().Set("Retry-After", "5")
+		w.Header().Set("Connection", "close") // there may be too many
 	}
 	if status == http.StatusUnauthorized {
 		// RFC 9110 15.5.2 wants one. ffmpeg waits for Basic on /ts; elsewhere a

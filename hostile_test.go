@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"fmt"
 	"io"
@@ -41,7 +42,21 @@ func besiege(t *testing.T, env ...string) *besieged {
 	b.vwProcess = startVW(t, append(env, "VW_LOGLEVEL=debug", "VW_TOKEN="+secretToken)...)
 	b.call(t, http.StatusOK, "POST", "/api/streams", `{"stream":"stream/neighbour","feeds":["neighbour"]}`)
 	b.send(t, "neighbour", "stream/neighbour", "ws://user:"+secretUser+"@"+b.relay.addr+"/?code="+secretUser)
-	p := startPost(t, b.addr, "neighbour")
+	stop := startCamera(t, b.addr, "neighbour")
+	t.Cleanup(func() {
+		stop()
+		checkLog(t, b.out.String())
+	})
+	b.flows(t)
+	b.idle = b.descriptors(t)
+	b.memory = b.sampleRSS(t, 20*time.Millisecond)
+	return b
+}
+
+// startCamera posts 25 frames a second until stop.
+func startCamera(t *testing.T, vw, feed string) (stop func()) {
+	t.Helper()
+	p := startPost(t, vw, feed)
 	end := make(chan struct{})
 	var posting sync.WaitGroup
 	posting.Go(func() {
@@ -53,33 +68,24 @@ func besiege(t *testing.T, env ...string) *besieged {
 				return
 			case <-frames.C:
 				if _, err := p.chunks.Write(c.next()); err != nil {
-					t.Errorf("the neighbour's post: %v", err)
+					t.Errorf("the post of %s: %v", feed, err)
 					return
 				}
 			}
 		}
 	})
-	t.Cleanup(func() {
+	stop = sync.OnceFunc(func() {
 		close(end)
 		posting.Wait()
-		checkLog(t, b.out.String())
 	})
-	b.flows(t)
-	b.idle = b.descriptors(t)
-	b.memory = b.sampleRSS(t, 20*time.Millisecond)
-	return b
+	t.Cleanup(stop)
+	return stop
 }
 
 // flows waits until the neighbour's relay got 10 more messages.
 func (b *besieged) flows(t *testing.T) {
 	t.Helper()
-	from := len(b.relay.entries(t))
-	eventually(t, startupTime, func() error {
-		if n := len(b.relay.entries(t)) - from; n < 10 {
-			return fmt.Errorf("the neighbour's relay got %d messages, want 10", n)
-		}
-		return nil
-	})
+	b.relay.flows(t)
 }
 
 // answers mutes the neighbour, and lets it be heard again.
@@ -309,6 +315,81 @@ func TestFewDescriptors(t *testing.T) {
 	}
 	if got := v.call(t, http.StatusOK, "GET", "/healthcheck", ""); got != `"ok"` {
 		t.Errorf("got %s, want ok", got)
+	}
+}
+
+// TestReadersShareDescriptors: more readers than vw has descriptors leave what
+// cameras, rules, mutes and relays need: they alone are refused, and the log says so
+// once. vw uses all that the hard limit allows.
+func TestReadersShareDescriptors(t *testing.T) {
+	t.Parallel()
+	relay := startRelay(t, "127.0.0.1:0", "-record", "")
+	v := startVWCommand(t, exec.Command(needs(t, "sh"), "-c", `ulimit -S -n 256 && ulimit -H -n 1024 && exec "$0" stream`, build(t, "linux/amd64")))
+	v.call(t, http.StatusOK, "POST", "/api/streams", `{"stream":"stream/front","feeds":["video0"]}`)
+	v.send(t, "0", "stream/front", "ws://"+relay.addr)
+	stop := startCamera(t, v.addr, "video0")
+	relay.flows(t)
+
+	const readers = 1100
+	answers := make(chan *http.Response, readers)
+	for range readers {
+		conn, err := net.DialTimeout("tcp", v.addr, startupTime)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(time.Minute))
+		go func() {
+			io.WriteString(conn, "GET /ts/stream/front HTTP/1.1\r\nHost: localhost\r\n\r\n")
+			a, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil {
+				t.Errorf("a reader: %v", err)
+				a = &http.Response{}
+			}
+			answers <- a
+		}()
+	}
+	count := make(map[int]int)
+	for range readers {
+		a := <-answers
+		if count[a.StatusCode]++; a.StatusCode != http.StatusServiceUnavailable {
+			continue
+		}
+		b, err := io.ReadAll(a.Body)
+		if err != nil || !strings.Contains(string(b), "readers") || a.Header.Get("Retry-After") == "" {
+			t.Errorf("a reader too many: got %v, %s, %v", a.Header, b, err)
+		}
+	}
+	t.Logf("the readers got %v", count)
+	if seen, refused := count[http.StatusOK], count[http.StatusServiceUnavailable]; seen < readers/3 || refused < readers/10 || seen+refused != readers {
+		t.Errorf("got %v", count)
+	}
+
+	stop()
+	startCamera(t, v.addr, "video0")
+	relay.flows(t)
+	const muted = `{"stream":"stream/front","feeds":[]}`
+	if got := v.call(t, http.StatusOK, "POST", "/api/streams", muted); got != muted {
+		t.Errorf("got %s, want %s", got, muted)
+	}
+	v.call(t, http.StatusOK, "PUT", "/api/mute", `{"audio":true}`)
+	v.call(t, http.StatusOK, "POST", "/api/streams", `{"stream":"stream/front","with":["video0"]}`)
+	relay.flows(t)
+	relay.kill(t)
+	v.expect(t, 0, startupTime, `connection refused`)
+	relay = startRelay(t, relay.addr, "-record", "")
+	relay.flows(t)
+	for i := range 100 { // and as many new ones
+		v.call(t, http.StatusOK, "POST", "/api/destinations", fmt.Sprintf(`{"id":"n%d","stream":"stream/front","destination":"ws://%s"}`, i, relay.addr))
+	}
+	eventually(t, startupTime, func() error {
+		if n := strings.Count(v.out.String(), "msg=connected dest=n"); n != 100 {
+			return fmt.Errorf("%d of 100 destinations are connected", n)
+		}
+		return nil
+	})
+	if n := strings.Count(v.out.String(), "a reader is refused"); n != 1 {
+		t.Errorf("the log tells %d times of readers, want once", n)
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"context"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"sync"
 	"time"
@@ -206,4 +207,35 @@ func priority(l slog.Level) string {
 		return "<6>"
 	}
 	return "<7>"
+}
+
+const (
+	episodePause = time.Minute // without an event of its kind, and an episode is over
+	maxEpisodes  = 256         // kinds that are remembered
+)
+
+// episodes tells the first event of a kind from those that follow it, so that the
+// log has one line of each episode. Safe for concurrent use; the zero value is ready.
+type episodes struct {
+	mu   sync.Mutex
+	last map[string]time.Time // by kind
+}
+
+// begins reports whether an event of a kind is the first of an episode. Where too
+// many kinds are remembered, that of a new one is not told.
+func (e *episodes) begins(kind string, now time.Time) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	last, known := e.last[kind]
+	if !known && len(e.last) >= maxEpisodes {
+		maps.DeleteFunc(e.last, func(_ string, t time.Time) bool { return now.Sub(t) > episodePause })
+		if len(e.last) >= maxEpisodes {
+			return false
+		}
+	}
+	if e.last == nil {
+		e.last = make(map[string]time.Time)
+	}
+	e.last[kind] = now
+	return !known || now.Sub(last) > episodePause
 }

@@ -77,6 +77,16 @@ func fileID(f *os.File) string {
 	return fmt.Sprintf("%d:%d", s.Dev, s.Ino)
 }
 
+// descriptorLimit returns how many descriptors this process may have. Package syscall
+// has raised the soft limit to the hard one.
+func descriptorLimit() int {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return enoughDescriptors
+	}
+	return int(min(limit.Cur, enoughDescriptors))
+}
+
 func ioctl(fd int, request uintptr, arg unsafe.Pointer) error {
 	if _, _, e := syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), request, uintptr(arg)); e != 0 {
 		return e

@@ -33,5 +33,8 @@ func queryCamera(string) (string, []format, error) { return "", nil, errNotLinux
 
 func mayOpen(string) error { return errNotLinux }
 
+// descriptorLimit is not known here.
+func descriptorLimit() int { return enoughDescriptors }
+
 // lockFile is known to work on Linux only.
 func lockFile(*os.File) (taken bool, err error) { return false, errors.ErrUnsupported }

@@ -655,6 +655,18 @@ func (r *relayProcess) messages(t *testing.T, conn int) (all []recorded) {
 	return all
 }
 
+// flows waits until the relay got 10 more messages.
+func (r *relayProcess) flows(t *testing.T) {
+	t.Helper()
+	from := len(r.entries(t))
+	eventually(t, startupTime, func() error {
+		if n := len(r.entries(t)) - from; n < 10 {
+			return fmt.Errorf("the relay got %d messages, want 10", n)
+		}
+		return nil
+	})
+}
+
 // total returns how many bytes all connections brought until now.
 func (r *relayProcess) total(t *testing.T) (n int) {
 	t.Helper()

@@ -267,6 +267,13 @@ func (r *rules) revoke(key ruleKey, c *change) (revoked bool) {
 	return revoked
 }
 
+// countDestinations returns how many destinations there are.
+func (r *rules) countDestinations() int {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return len(r.destinations)
+}
+
 // set returns a copy of the rules in force.
 func (r *rules) set() ruleSet {
 	r.mu.RLock()
