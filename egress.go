@@ -358,12 +358,16 @@ func handOver(old []*destination, replaced, next *destination) {
 	replaced.stop(errChanged)
 }
 
-// end makes the destination and those before it end, without waiting for them.
-func (d *running) end(why error) {
+// end makes the destination and those before it end, without waiting for them. The
+// channels are closed when nothing more is written for them.
+func (d *running) end(why error) (ended []<-chan struct{}) {
 	d.cancel(why)
+	ended = append(ended, d.quiet)
 	for _, old := range d.old {
 		old.cancel(why)
+		ended = append(ended, old.quiet)
 	}
+	return ended
 }
 
 // stop ends the destination and those before it (I6).

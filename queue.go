@@ -197,7 +197,7 @@ type subscriber struct {
 	gates    map[string]*gate // by feed
 	expected map[string]bool  // feeds of the stream that a viewer cannot watch yet
 	onLive   func()           // called, under mu, when a viewer could begin to watch; may be nil
-	waiters  []chan struct{}  // closed when the write in progress has ended
+	ended    chan struct{}    // closed when the write in progress has ended; nil: nobody waits
 	muted    *sift            // what a mute left to do until the write in progress has ended; may be nil
 	stopped  bool             // a rule change interrupted the write in progress
 	draining bool             // takes nothing new
@@ -501,7 +501,7 @@ func (s *subscriber) wrote(n int) progress {
 	}
 	s.begun, s.inFlight = n, 0
 	s.items = slices.Delete(s.items, 0, done)
-	if s.waiters != nil {
+	if s.ended != nil {
 		s.remove(s.droppable(), func(it item) cause {
 			if it.dead {
 				return dropMuted
@@ -605,21 +605,23 @@ func (s *subscriber) countMuted() {
 // stopWrite interrupts the write in progress, and returns a channel that is
 // closed when it has ended; mu is held.
 func (s *subscriber) stopWrite() <-chan struct{} {
-	ended := make(chan struct{})
-	s.waiters = append(s.waiters, ended)
+	if s.ended != nil {
+		return s.ended // that is done already
+	}
+	s.ended = make(chan struct{})
 	if s.interrupt != nil {
 		s.stopped = true
 		s.interrupt()
 	}
-	return ended
+	return s.ended
 }
 
 // releaseWaiters wakes those who wait for the write in progress: it has ended.
 func (s *subscriber) releaseWaiters() {
-	for _, w := range s.waiters {
-		close(w)
+	if s.ended != nil {
+		close(s.ended)
+		s.ended = nil
 	}
-	s.waiters = nil
 }
 
 // drain makes s refuse new messages; what is queued can still be taken.

@@ -566,7 +566,7 @@ func bySwitch(t *testing.T, r *rules) func(bool) error {
 		if muted {
 			kinds = muteSound
 		}
-		awaitWrites(r.mux.setMute(kinds))
+		awaitEnds(r.mux.setMute(kinds))
 		return nil
 	}
 }

@@ -22,10 +22,10 @@ import (
 )
 
 const (
-	maxWriteWait = 50 * time.Millisecond // for writes in progress that hold what was muted
-	shortWait    = 90 * time.Millisecond // from call to return, of a change that takes something away
-	longWait     = 5 * time.Second       // the same, of one that only adds
-	endWait      = time.Second           // for the disk, when vw ends
+	maxEndWait = 50 * time.Millisecond // for writes in progress that hold what was muted
+	shortWait  = 90 * time.Millisecond // from call to return, of a change that takes something away
+	longWait   = 5 * time.Second       // the same, of one that only adds
+	endWait    = time.Second           // for the disk, when vw ends
 )
 
 // rules are the rule set and what runs for it. Safe for concurrent use.
@@ -44,15 +44,17 @@ type rules struct {
 	places       map[string][]string // of a stream: the order of its feeds, and of those that it had
 	destinations map[string]*running
 	mutes        muteSet
-	mutedSince   [2]time.Time // by kind: when it was muted
-	pending      []*change    // not applied yet, oldest first
-	unstored     []*change    // that the next write stores; the pending ones are among them
+	mutedSince   [2]time.Time             // by kind: when it was muted
+	ending       map[<-chan struct{}]bool // closed when what held something that was taken away has ended
+	pending      []*change                // not applied yet, oldest first
+	unstored     []*change                // that the next write stores; the pending ones are among them
 }
 
 func newRules(ctx context.Context, x *mux, maxLag time.Duration, log *slog.Logger) *rules {
 	return &rules{
 		ctx: ctx, mux: x, dialer: newDialer(), maxLag: maxLag, log: log,
 		streams: make(map[string][]string), places: make(map[string][]string), destinations: make(map[string]*running),
+		ending: make(map[<-chan struct{}]bool),
 	}
 }
 
@@ -105,8 +107,15 @@ type change struct {
 	apply   func() (after func()) // does it, with mu held; after is the rest, without mu
 	takes   bool                  // takes away something that is in force
 	applied bool
-	after   func()     // what apply returned
-	result  chan error // what the disk said
+	after   func()            // what apply returned
+	ending  []<-chan struct{} // what has to end before its call may return
+	result  chan error        // what the disk said
+}
+
+// finish does what is left to do of a change that is applied, without mu.
+func (c *change) finish() {
+	awaitEnds(c.ending)
+	c.after()
 }
 
 // carryOut applies and stores c, and returns when both are done, or when the
@@ -126,14 +135,14 @@ func (r *rules) carryOut(c *change, begun time.Time, atOnce bool) error {
 	applied := c.applied
 	r.mu.Unlock()
 	if applied {
-		c.after()
+		c.finish()
 	}
 	if r.file == nil {
 		return nil
 	}
 	err := r.awaitDisk(c, begun)
 	if !applied && c.applied {
-		c.after()
+		c.finish()
 	}
 	return err
 }
@@ -247,7 +256,39 @@ func notStored(c *change, err error) error {
 func (r *rules) applyChange(c *change) {
 	r.revoke(c.key, c)
 	c.after = c.apply()
+	c.ending = r.unended()
 	c.applied = true
+}
+
+// ends notes what has to end since something was taken away: writes in progress,
+// and connections. mu is held.
+func (r *rules) ends(ended ...<-chan struct{}) {
+	for _, e := range ended {
+		r.ending[e] = true
+	}
+}
+
+// unended returns what has not ended yet of what calls took away, this one and
+// those before it: who asks again for what is in force already must not be told
+// so before they are. mu is held.
+func (r *rules) unended() []<-chan struct{} {
+	maps.DeleteFunc(r.ending, func(e <-chan struct{}, _ bool) bool {
+		select {
+		case <-e:
+			return true
+		default:
+			return false
+		}
+	})
+	return slices.Collect(maps.Keys(r.ending))
+}
+
+// unlockEnded unlocks mu, and waits as the call did that took something away: the
+// one of now changes nothing.
+func (r *rules) unlockEnded() {
+	ending := r.unended()
+	r.mu.Unlock()
+	awaitEnds(ending)
 }
 
 // revoke keeps the changes of a rule that are pending, and older than c, from
@@ -338,7 +379,7 @@ func (r *rules) replaceStream(rule streamRule, begun time.Time) (streamRule, err
 	next, expected := planned.streams[rule.Stream]
 	switch {
 	case known && slices.Equal(old, rule.Feeds) && slices.Equal(next, rule.Feeds) && r.isStored():
-		r.mu.Unlock()
+		r.unlockEnded()
 		return rule, nil
 	case !known && !expected && len(planned.streams) >= maxStreams:
 		r.mu.Unlock()
@@ -358,9 +399,8 @@ func (r *rules) streamChange(rule streamRule) *change {
 		apply: func() func() {
 			r.streams[rule.Stream] = rule.Feeds
 			r.places[rule.Stream] = placesOf(rule.Feeds, r.places[rule.Stream])
-			ended := r.mux.setStream(rule.Stream, rule.Feeds, true)
+			r.ends(r.mux.setStream(rule.Stream, rule.Feeds, true)...)
 			return func() {
-				awaitWrites(ended)
 				r.log.Info("stream set", "stream", rule.Stream, "feeds", strings.Join(rule.Feeds, " "))
 			}
 		},
@@ -388,7 +428,7 @@ func (r *rules) deleteStream(name string) error {
 	r.mu.Lock()
 	_, known := r.streams[name]
 	if !r.revoke(ruleKey{"stream", name}, nil) && !known {
-		r.mu.Unlock()
+		r.unlockEnded()
 		return fmt.Errorf("stream %q %w", name, errNotFound)
 	}
 	return r.carryOut(r.streamsDeletion(name), begun, atOnce)
@@ -411,14 +451,12 @@ func (r *rules) revokeAll(kind string) {
 // streamsDeletion is the change that deletes streams.
 func (r *rules) streamsDeletion(names ...string) *change {
 	return &change{takes: true, apply: func() func() {
-		var ended []<-chan struct{}
 		for _, name := range names {
 			delete(r.streams, name)
 			delete(r.places, name)
-			ended = append(ended, r.mux.setStream(name, nil, false)...)
+			r.ends(r.mux.setStream(name, nil, false)...)
 		}
 		return func() {
-			awaitWrites(ended)
 			for _, name := range names {
 				r.log.Info("stream deleted", "stream", name)
 			}
@@ -426,14 +464,14 @@ func (r *rules) streamsDeletion(names ...string) *change {
 	}}
 }
 
-// awaitWrites waits for writes in progress to end, for a while. Only TLS and
+// awaitEnds waits for writes in progress to end, for a while. Only TLS and
 // HTTP writes cannot be interrupted; the message in such a write was begun
 // before the call.
-func awaitWrites(ended []<-chan struct{}) {
+func awaitEnds(ended []<-chan struct{}) {
 	if len(ended) == 0 {
 		return
 	}
-	timeout := time.NewTimer(maxWriteWait)
+	timeout := time.NewTimer(maxEndWait)
 	defer timeout.Stop()
 	for _, e := range ended {
 		select {
@@ -460,7 +498,7 @@ func (r *rules) setDestination(rule destinationRule) (destinationRule, error) {
 	next, expected := planned.destinations[name]
 	switch {
 	case known && old.rule == rule && next == rule && r.isStored():
-		r.mu.Unlock()
+		r.unlockEnded()
 		return rule, nil
 	case !known && !expected && len(planned.destinations) >= maxDestinations:
 		r.mu.Unlock()
@@ -533,7 +571,7 @@ func (r *rules) deleteDestination(name string) error {
 	r.mu.Lock()
 	_, known := r.destinations[name]
 	if !r.revoke(ruleKey{"destination", name}, nil) && !known {
-		r.mu.Unlock()
+		r.unlockEnded()
 		return fmt.Errorf("destination %q %w", name, errNotFound)
 	}
 	return r.carryOut(r.destinationsDeletion(name), begun, atOnce)
@@ -554,7 +592,7 @@ func (r *rules) destinationsDeletion(names ...string) *change {
 		for _, name := range names {
 			if d := r.destinations[name]; d != nil {
 				delete(r.destinations, name)
-				d.end(errRemoved)
+				r.ends(d.end(errRemoved)...)
 				gone = append(gone, d)
 			}
 		}
@@ -602,7 +640,8 @@ func (r *rules) setMute(rule muteRule, by hand) (muteStatus, error) {
 		revoked = revoked || c.lifts&mutes != 0
 		c.lifts &^= mutes
 	}
-	if mutes != 0 && (mutes&^r.mutes != 0 || revoked || !r.isStored()) {
+	again := mutes != 0 && mutes&^r.mutes == 0 && !revoked && r.isStored()
+	if mutes != 0 && !again {
 		err = r.carryOut(r.muteChange(mutes), begun, atOnce)
 		r.mu.Lock()
 	}
@@ -611,7 +650,11 @@ func (r *rules) setMute(rule muteRule, by hand) (muteStatus, error) {
 		r.mu.Lock()
 	}
 	status := r.mutes.status(by)
-	r.mu.Unlock()
+	if again {
+		r.unlockEnded()
+	} else {
+		r.mu.Unlock()
+	}
 	if bad := (notStoredError{}); mutes != 0 && lifts != 0 && errors.As(err, &bad) {
 		err = notStoredError{"what is muted is in force, and nothing is lifted", bad.error}
 	}
@@ -645,9 +688,8 @@ func (r *rules) applyMutes(mutes muteSet) (after func()) {
 			r.mutedSince[kind] = time.Now()
 		}
 	}
-	ended := r.mux.setMute(muted)
+	r.ends(r.mux.setMute(muted)...)
 	return func() {
-		awaitWrites(ended)
 		for by, name := range handNames {
 			for kind, what := range mediaKinds {
 				bit := muteOf(hand(by), kind)

@@ -303,6 +303,58 @@ func TestMuteHungDisk(t *testing.T) {
 	})
 }
 
+// TestChangeAgain holds I6 for who asks for what is in force already: he is told so
+// when a message that was begun before has ended, as the one who asked first is.
+func TestChangeAgain(t *testing.T) {
+	for _, tt := range []struct{ name, request, again string }{
+		{"mute", `PUT /api/mute {"audio":true}`, "200"},
+		{"mute again from here and there", `PUT /api/mute {"audio":true,"video":true}`, "200"},
+		{"a rule without the feed", `POST /api/streams {"stream":"stream/x","feeds":[]}`, "200"},
+		{"without", `POST /api/streams {"stream":"stream/x","without":["f"]}`, "200"},
+		{"delete a stream", `DELETE /api/streams/stream/x`, "404"},
+		{"delete all streams", `DELETE /api/streams/all`, "200"},
+		{"delete a destination", `DELETE /api/destinations/0`, "404"},
+		{"delete all destinations", `DELETE /api/destinations/all`, "200"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newStudio(t)
+			r := newRules(t.Context(), b.mux, time.Second, discardLog)
+			if _, err := r.setStream(streamRule{"stream/x", []string{"f"}}); err != nil {
+				t.Fatal(err)
+			}
+			rule, _, err := destinationRule{ID: "0", Stream: "stream/x", Destination: "ws://relay.invalid/"}.clean()
+			if err != nil {
+				t.Fatal(err)
+			}
+			d := newDestination(newUplink(rule, deadEnd, discardLog), b.mux, time.Second)
+			d.cancel = func(error) {}
+			r.destinations["0"] = &running{destination: d}
+			s := newServer(t.Context(), r, "", discardLog)
+			b.play(20)
+			batch := b.sub.take(nil, 1<<20, false, time.Now()) // a write that nothing interrupts
+			start := time.Now()
+			var calls sync.WaitGroup
+			for i, want := range []string{"200", tt.again} {
+				calls.Go(func() {
+					time.Sleep(time.Duration(i) * time.Millisecond)
+					got := ask(s, tt.request)
+					if took := time.Since(start); took != 30*time.Millisecond || !strings.HasPrefix(got, want) {
+						t.Errorf("%s, call %d: got %s after %v, want %s when the write has ended, after 30ms", tt.name, i, got, took, want)
+					}
+				})
+			}
+			time.Sleep(30 * time.Millisecond)
+			b.sub.wrote(len(slices.Concat(batch...)))
+			d.setQuiet()
+			calls.Wait()
+			start = time.Now()
+			if ask(s, tt.request); time.Since(start) != 0 {
+				t.Errorf("%s, when it has ended: got an answer after %v, want it at once", tt.name, time.Since(start))
+			}
+		})
+	}
+}
+
 // TestSecretMoves: *** takes no secret to another host, port or dialect, out of
 // TLS, or on a websocket to another path: all others are refused, and what goes
 // out then is what was stored.
