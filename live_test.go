@@ -203,9 +203,9 @@ func TestMute(t *testing.T) {
 			relay := &chaosRelay{t: t, rcvbuf: 64 << 10}
 			relay.start()
 			mute, source := byRule(r), "stream/x"
-			heard, rounds := 5*time.Millisecond, scaled(100, 1000, 1000)
+			heard, rounds := 5*time.Millisecond, scaled(100, 300, 1000)
 			if by != "rule" {
-				rounds = scaled(50, 500, 1000)
+				rounds = scaled(50, 150, 1000)
 				mute = bySwitch(t, r)
 				heard = 60 * time.Millisecond // what was captured while it was muted does not come
 			}

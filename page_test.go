@@ -761,7 +761,7 @@ func TestPagePreview(t *testing.T) {
 	b.quiet(t)
 }
 
-// TestPageLive: H.264 and AAC of two ffmpegs, 30 s long: every picture, sound,
+// TestPageLive: H.264 and AAC of two ffmpegs, for 10 s, or 30 with -long: every picture, sound,
 // and never a second behind.
 func TestPageLive(t *testing.T) {
 	wallClock(t)
@@ -779,7 +779,7 @@ func TestPageLive(t *testing.T) {
 	b.tap(t, "document.querySelector('#preview .sound')")
 	b.js(t, `window.log = {behind: [], from: watching.pictures, heard: watching.element.webkitAudioDecodedByteCount, at: performance.now()},
 		setInterval(() => log.behind.push(watching.behind), 1000)`)
-	time.Sleep(30 * time.Second)
+	time.Sleep(scaled(10*time.Second, 10*time.Second, 30*time.Second))
 	var got struct {
 		Behind                []float64
 		Pictures, Heard, Took float64

@@ -291,16 +291,16 @@ func inOwnProcess(t *testing.T) bool {
 // TestSoak24: 86,400 streams with a feed and a destination of their own, each
 // for one second of a day, beside two destinations that are well for all of it,
 // and one of another behaviour each hour.
-// The race detector gets a frame a second in place of 25. The video's PTS wrap
-// at half time.
+// The race detector gets 4 hours, unless -long, and a frame a second in place of
+// 25. The video's PTS wrap at half time.
 func TestSoak24(t *testing.T) {
 	if inOwnProcess(t) {
 		return
 	}
-	const hours, kept = 24, 3
-	frame := 40 * time.Millisecond
-	if raceEnabled() {
-		frame = time.Second
+	const kept = 3
+	hours, frame := 24, 40*time.Millisecond
+	if underRace { // all of it is 7 minutes
+		hours, frame = scaled(4, 4, 24), time.Second
 	}
 	synctest.Test(t, func(t *testing.T) {
 		before := runtime.NumGoroutine()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs all tests with the race detector, and those of limits in real time again
-# without it, on Debian 12 or newer. What they need and is missing is installed
-# with apt-get; Debian starts some of it (nginx, haproxy, caddy, prometheus) as
-# services.
+# Runs all tests with the race detector on Debian 12 or newer, and then without it
+# those of limits in real time. What they need and is missing is installed with
+# apt-get; Debian starts some of it (nginx, haproxy, caddy,
+# prometheus) as services.
 #
 #   ./test.sh                     everything
 #   ./test.sh -v -run TestRules   arguments go to go test

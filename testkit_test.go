@@ -21,8 +21,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
-	"runtime/debug"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -137,12 +135,6 @@ func eventually(t *testing.T, within time.Duration, f func() error) {
 		}
 	}
 }
-
-// raceEnabled tells whether the race detector watches, and all takes longer.
-var raceEnabled = sync.OnceValue(func() bool {
-	info, _ := debug.ReadBuildInfo()
-	return slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
-})
 
 // scaled returns how much a test does: under -short, as a rule, or with -long.
 func scaled[T any](short, usual, most T) T {
@@ -672,6 +664,7 @@ func inNamespace(t *testing.T) bool {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Parallel()
 	inner := exec.Command(unshare, "--map-root-user", "--net", "--mount", self, "-test.run", "^"+t.Name()+"$", "-test.v", "-test.timeout", "5m")
 	inner.Env = append(os.Environ(), "VW_TEST_NAMESPACE=1")
 	out, err := inner.CombinedOutput()
