@@ -29,9 +29,10 @@ type remuxer struct {
 	sources []*source // in the order of the rule
 
 	blocked kindSet // kinds of tracks that are not in the program
-	section []byte  // the PMT without its CRC
-	version byte
-	psi     []byte // PAT and PMT as they went out last
+	section []byte  // the PMT as it is to go out, without its CRC
+	told    []byte  // and as it went out last; nil before
+	version byte    // of told
+	psi     []byte  // PAT and PMT as they went out last
 	patCC   byte
 	pmtCC   byte
 	last    [8192]byte        // continuity counter, by PID; kept when a feed goes
@@ -85,7 +86,7 @@ func (x *remuxer) source(feed string) *source {
 }
 
 // arrange makes feeds the sources, in their order. It reports whether the
-// program changed by it.
+// program differs from the one that went out last.
 func (x *remuxer) arrange(feeds []string, at time.Time) bool {
 	sources := make([]*source, len(feeds))
 	for i, f := range feeds {
@@ -98,14 +99,14 @@ func (x *remuxer) arrange(feeds []string, at time.Time) bool {
 }
 
 // block takes tracks of these kinds out of the program, and puts others back. It
-// reports whether the program changed by it.
+// reports whether the program differs from the one that went out last.
 func (x *remuxer) block(kinds kindSet) bool {
 	x.blocked = kinds
 	return x.describe()
 }
 
-// follow gives s the tracks of a program map, and reports whether the program
-// changed by it.
+// follow gives s the tracks of a program map. It reports whether the program
+// differs from the one that went out last because of it.
 func (x *remuxer) follow(s *source, g *program) bool {
 	if s.program == g {
 		return false
@@ -161,8 +162,8 @@ func (x *remuxer) forget() {
 	}
 }
 
-// describe makes the PMT of what there is. Its version changes when, and only
-// when, its content does. ISO 13818-1 2.4.4.8.
+// describe makes the PMT of the tracks that exist. It reports whether that
+// differs from the one that went out last. ISO 13818-1 2.4.4.8.
 func (x *remuxer) describe() bool {
 	b := make([]byte, 0, 64)
 	b = append(b, 0x02, 0, 0, 0, 1, 0, 0, 0)
@@ -185,19 +186,18 @@ func (x *remuxer) describe() bool {
 			b = append(b, t.descriptors...)
 		}
 	}
-	if bytes.Equal(b, x.section) {
-		return false
-	}
-	if x.psi != nil {
-		x.version = (x.version + 1) & 31
-	}
 	x.section = b
-	return true
+	return !bytes.Equal(b, x.told)
 }
 
-// appendPSI appends PAT, PMT and PCR, as of now.
+// appendPSI appends PAT, PMT and PCR, as of now. The version of the PMT changes
+// when, and only when, it is not as it went out last.
 func (x *remuxer) appendPSI(b []byte, now ticks) []byte {
 	start := len(b)
+	if x.told != nil && !bytes.Equal(x.section, x.told) {
+		x.version = (x.version + 1) & 31
+	}
+	x.told = x.section
 	pat := []byte{0x00, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0xe0 | outPMT>>8, outPMT & 0xff}
 	b = appendSection(b, patPID, &x.patCC, pat, 0)
 	b = appendSection(b, outPMT, &x.pmtCC, bytes.Clone(x.section), x.version)

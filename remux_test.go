@@ -166,6 +166,47 @@ func TestStreamChanges(t *testing.T) {
 	}
 }
 
+// TestPMTVersion: the version of the PMT is counted by what goes out: a change that
+// was taken back before the next PMT leaves it as it was.
+func TestPMTVersion(t *testing.T) {
+	t.Parallel()
+	var x remuxer
+	x.arrange([]string{"video0", "audio0"}, time.Now())
+	program := func(pid uint16, kind byte) *program { return &program{tracks: []track{{pid, kind, nil}}} }
+	x.follow(x.source("video0"), program(0x100, typeMPEG1Video))
+	x.follow(x.source("audio0"), program(0x101, typeMPEG1Audio))
+	check := newTSCheck()
+	for i, step := range []struct {
+		name    string
+		blocked []kindSet // one after the other, before the next PMT
+		changed bool      // in the end
+		version int
+	}{
+		{"first", nil, true, 0},
+		{"again", nil, false, 0},
+		{"muted and lifted", []kindSet{muteSound, 0}, false, 0},
+		{"muted", []kindSet{muteSound}, true, 1},
+		{"lifted and muted", []kindSet{0, muteSound}, false, 1},
+		{"another kind", []kindSet{0, mutePicture}, true, 2},
+		{"lifted", []kindSet{muteSound, 0}, true, 3},
+	} {
+		changed := i == 0
+		for _, kinds := range step.blocked {
+			changed = x.block(kinds)
+		}
+		if changed != step.changed {
+			t.Errorf("%s: changed: got %v, want %v", step.name, changed, step.changed)
+		}
+		check.read(x.appendPSI(nil, ticks(i+1)*psiEvery))
+		if check.version != step.version {
+			t.Errorf("%s: got version %d, want %d", step.name, check.version, step.version)
+		}
+	}
+	if len(check.problems) > 0 {
+		t.Errorf("got %q", check.problems)
+	}
+}
+
 // TestStreamPIDs: a PID stays that of its track when that is gone, for as long
 // as there are PIDs to spare.
 func TestStreamPIDs(t *testing.T) {
