@@ -352,6 +352,45 @@ func TestMuteQueued(t *testing.T) {
 	})
 }
 
+// TestMuteLiftedDuringWrite: a write that cannot be interrupted ends after the mute
+// was lifted. What came after the lift is whole then, with its announcement.
+func TestMuteLiftedDuringWrite(t *testing.T) {
+	for _, again := range []bool{false, true} { // it is muted a second time
+		synctest.Test(t, func(t *testing.T) {
+			s := newStudio(t)
+			s.play(20)
+			var sent []byte
+			for _, b := range s.onFeed.take(nil, 20000, false, time.Now()) {
+				sent = append(sent, b...)
+			}
+			sent = sent[:3000] // of what is in flight, the rest is not begun
+			s.setMute(muteSound)
+			if again {
+				s.play(3)
+				s.setMute(0)
+				s.play(3)
+				s.setMute(muteSound)
+			}
+			s.play(5)
+			s.setMute(0)
+			from := s.captured()
+			s.play(20)
+			s.onFeed.wrote(len(sent))
+			sent = append(sent, s.read(s.onFeed)...)
+			after := slices.DeleteFunc(pesTimes(sent, 0x101), func(pts ticks) bool { return pts < from })
+			if len(after) < 19 {
+				t.Errorf("muted again %v: got %d sounds after the lift, want 19 of 20 at least", again, len(after))
+			}
+			if wrong, told := breaks(sent, 0x101); wrong > 0 || told == 0 {
+				t.Errorf("muted again %v: %d breaks of continuity on the PID of the sound are not announced, %d are", again, wrong, told)
+			}
+			if !bytes.Equal(only(sent, 0x100), only(s.sent, 0x100)) {
+				t.Errorf("muted again %v: the picture lost something", again)
+			}
+		})
+	}
+}
+
 // TestMuteBacklog: nothing captured while the mute was on is ever sent, by the
 // clock of the feed, when its packets arrive after the lift.
 func TestMuteBacklog(t *testing.T) {

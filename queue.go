@@ -198,7 +198,7 @@ type subscriber struct {
 	expected map[string]bool  // feeds of the stream that a viewer cannot watch yet
 	onLive   func()           // called, under mu, when a viewer could begin to watch; may be nil
 	ended    chan struct{}    // closed when the write in progress has ended; nil: nobody waits
-	muted    *sift            // what a mute left to do until the write in progress has ended; may be nil
+	muted    *sift            // to be applied to what is in flight, once its write has ended; may be nil
 	stopped  bool             // a rule change interrupted the write in progress
 	draining bool             // takes nothing new
 	lagged   uint64           // dropped since the reader last kept up
@@ -499,19 +499,20 @@ func (s *subscriber) wrote(n int) progress {
 		}
 		s.letGo(it)
 	}
+	left := s.inFlight - done // were in flight, and are not written
 	s.begun, s.inFlight = n, 0
 	s.items = slices.Delete(s.items, 0, done)
 	if s.ended != nil {
+		if s.muted != nil {
+			s.removeMuted(s.muted, s.droppable(), left)
+			s.muted = nil
+		}
 		s.remove(s.droppable(), func(it item) cause {
 			if it.dead {
 				return dropMuted
 			}
 			return kept
 		})
-		if s.muted != nil {
-			s.removeMuted(s.muted)
-			s.muted = nil
-		}
 		s.releaseWaiters()
 	}
 	p := progress{stopped: s.stopped, partial: s.begun > 0}
@@ -555,27 +556,30 @@ func (s *subscriber) removeFeed(feed string) <-chan struct{} {
 // mute takes what f says is muted out of what is queued, and interrupts the write
 // in progress if that holds some. When the channel it returns is closed, or at
 // once when that is nil, no message that holds some will be begun (I6). The
-// caller keeps new ones from being offered.
+// caller keeps new ones from being offered. What is offered before the channel is
+// closed, after a lift, stays as it is.
 func (s *subscriber) mute(f *sift) <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.removeMuted(f, s.droppable(), len(s.items))
 	if s.muted != nil && s.muted.blocked != f.blocked {
 		f = newSift(f.blocked | s.muted.blocked)
 	}
 	if !slices.ContainsFunc(s.items[:s.inFlight], func(it item) bool { return f.touches(it.message) }) {
-		s.removeMuted(f)
 		return nil
 	}
 	s.muted = f
 	return s.stopWrite()
 }
 
-// removeMuted takes what f says is muted out of what may still be dropped; mu is
-// held.
-func (s *subscriber) removeMuted(f *sift) {
-	lo := s.droppable()
+// removeMuted takes what f says is muted out of the items from index lo to hi,
+// which may still be dropped; mu is held.
+func (s *subscriber) removeMuted(f *sift, lo, hi int) {
+	if lo >= hi {
+		return
+	}
 	rest := s.items[:lo]
-	for _, it := range s.items[lo:] {
+	for _, it := range s.items[lo:hi] {
 		if f.touches(it.message) {
 			m := f.apply(it.message)
 			s.letGo(it)
@@ -588,8 +592,7 @@ func (s *subscriber) removeMuted(f *sift) {
 		}
 		rest = append(rest, it)
 	}
-	clear(s.items[len(rest):])
-	s.items = rest
+	s.items = slices.Delete(s.items, len(rest), hi)
 }
 
 // countMuted counts a message that was not offered since all of it is muted.
