@@ -32,6 +32,7 @@ const (
 	maxSettling = 200 // PES that are looked at meanwhile
 
 	lookAhead = second * 22 / 1000 // an AAC encoder keeps one frame back
+	maxTail   = second * 3 / 2     // sound that is longer would be too late, and sound with pauses is not
 
 	lead = second / 5 // by which what goes out is ahead of the PCR
 
@@ -324,9 +325,9 @@ func (t *trackClock) tail() ticks {
 	case t.clock.hasVideo || t.kind != soundTrack:
 		return 0
 	case t.streamType == typeAAC || t.streamType == typeAACLATM:
-		return t.period + lookAhead
+		return min(t.period, maxTail) + lookAhead
 	}
-	return t.period
+	return min(t.period, maxTail)
 }
 
 // follows reports whether the timestamps of t and u are of one clock.

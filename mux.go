@@ -47,7 +47,7 @@ func (x *mux) now(at time.Time) ticks { return toTicks(at.Sub(x.epoch)) }
 // errNotTS, errReplaced, errFull or the error of r.
 func (x *mux) publish(name string, p *publisher, r io.Reader) error {
 	var f *feed
-	full := false
+	full, stop := false, func() {}
 	fr := newFramer(func(m *message) {
 		if f == nil && m.info.frames == 0 && x.isPublished(name) {
 			m.release() // it takes over with a frame
@@ -64,9 +64,13 @@ func (x *mux) publish(name string, p *publisher, r io.Reader) error {
 			m.release()
 			return
 		}
-		f.publish(p, m, x.now(m.at))
+		if f.publish(p, m, x.now(m.at)) {
+			stop()
+			stop = x.settleLater(f, p)
+		}
 	})
 	defer func() {
+		stop()
 		if f != nil {
 			x.detach(f, p)
 		}
@@ -89,6 +93,22 @@ func (x *mux) publish(name string, p *publisher, r io.Reader) error {
 			return fmt.Errorf("%w: no %d packets of 188 bytes that begin with 0x47 in its first %d bytes", errNotTS, lockAfter, min(len(fr.buf), maxHunt))
 		case err != nil:
 			return err
+		}
+	}
+}
+
+// settleLater makes what waits for the clock of f wait for settleMost at most, and
+// for nothing that pub may never send. stop ends that, and waits for its end.
+func (x *mux) settleLater(f *feed, pub *publisher) (stop func()) {
+	done := make(chan struct{})
+	t := time.AfterFunc(settleMost.duration(), func() {
+		defer close(done)
+		at := time.Now()
+		f.settle(pub, at, x.now(at))
+	})
+	return func() {
+		if !t.Stop() {
+			<-done
 		}
 	}
 }
@@ -133,10 +153,8 @@ func (x *mux) detach(f *feed, pub *publisher) {
 	defer x.mu.Unlock()
 	f.mu.Lock()
 	if f.pub == pub {
-		if len(f.held) > 0 {
-			at := time.Now()
-			f.publishHeld(at, x.now(at))
-		}
+		at := time.Now()
+		f.publishHeld(at, x.now(at))
 		f.pub, f.figures.left = nil, time.Now()
 		x.published--
 	}
@@ -335,14 +353,15 @@ type feed struct {
 }
 
 // publish hands m, which arrived now, to the readers of f and releases it. It
-// drops m if pub is no longer the publisher. It does not block (I2).
-func (f *feed) publish(pub *publisher, m *message, now ticks) {
+// drops m if pub is no longer the publisher. It does not block (I2). It reports
+// whether m is the first that waits for the clock to be ready.
+func (f *feed) publish(pub *publisher, m *message, now ticks) (waits bool) {
 	m.feed = f.name
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.pub != pub {
 		m.release()
-		return
+		return false
 	}
 	f.kinds.note(m)
 	if !f.filter.used() {
@@ -354,11 +373,26 @@ func (f *feed) publish(pub *publisher, m *message, now ticks) {
 	f.heldBytes += m.size
 	if ready || f.heldBytes > messageLimit { // as much as this is no start-up
 		f.publishHeld(m.at, now)
+		return false
+	}
+	return len(f.held) == 1
+}
+
+// settle publishes what waits for the clock, if pub is still the publisher.
+func (f *feed) settle(pub *publisher, at time.Time, now ticks) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.pub == pub {
+		f.publishHeld(at, now)
 	}
 }
 
-// publishHeld hands what was held to the streams, as of now; mu is held.
+// publishHeld hands what was held, if anything was, to the streams, as of now; mu
+// is held.
 func (f *feed) publishHeld(at time.Time, now ticks) {
+	if len(f.held) == 0 {
+		return
+	}
 	anew := f.clock.settle()
 	for i, m := range f.held {
 		f.clock.place(m.stamps, m.info.key, now-toTicks(at.Sub(m.at)), now)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -164,6 +165,79 @@ func TestSoundWithoutPicture(t *testing.T) {
 					t.Errorf("got %d pictures, the first % x, want 75 from the keyframe on", len(pictures), pictures[:min(1, len(pictures))])
 				}
 			})
+		})
+	}
+}
+
+// TestSlowFeed: the first frame of a feed that has one every 10 s goes out at once,
+// and none of it comes late: to a stream, and to a reader of the feed itself after
+// something was muted.
+func TestSlowFeed(t *testing.T) {
+	data := func(id byte) func(*tsMaker, ticks) {
+		return func(m *tsMaker, pts ticks) {
+			m.frame(pes{pid: testVideo, id: id, size: 600, length: true, pts: pts})
+		}
+	}
+	for _, tt := range []struct {
+		name string
+		track
+		frame func(m *tsMaker, pts ticks)
+	}{
+		{"picture", track{testVideo, typeH264, nil}, func(m *tsMaker, pts ticks) {
+			m.elementary(testVideo, unitOfClip{pts: pts, dts: pts, es: []byte(avcAUD + avcSPS + avcPPS + avcIDR + strings.Repeat("\x55", 500))}, 0)
+		}},
+		{"sound", track{testVideo, typeMPEG1Audio, nil}, data(0xc0)},
+		{"KLV", track{testVideo, 0x06, registration("KLVA")}, data(privateStream1)},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			x := newMux()
+			x.setMute(muteSound | mutePicture)
+			x.setMute(0)
+			time.Sleep(time.Second) // what comes now was captured after the lift
+			readers := map[string]*subscriber{"f": newSubscriber(raw, time.Minute, nil), "stream/x": newSubscriber(raw, time.Minute, nil)}
+			x.setStream("stream/x", []string{"f"}, true)
+			for name, s := range readers {
+				x.join(name, s)
+			}
+			body, in := net.Pipe()
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				x.publish("f", &publisher{interrupt: func() {}}, body)
+			}()
+			check := newTSCheck()
+			got := map[string][]byte{}
+			var m tsMaker
+			for i := range ticks(4) {
+				m.Reset()
+				m.program(testVideo, tt.track)
+				tt.frame(&m, i*10*second)
+				in.Write(m.Bytes())
+				time.Sleep(settleMost.duration() + time.Millisecond)
+				synctest.Wait()
+				for name, s := range readers {
+					n := len(got[name])
+					for _, b := range s.take(nil, 1<<20, false, time.Now()) {
+						got[name] = append(got[name], b...)
+					}
+					s.wrote(len(got[name]) - n)
+					if isStream(name) {
+						check.read(got[name][n:])
+					}
+					if n := len(pesTimes(got[name], testVideo)); n != int(i)+1 {
+						t.Errorf("%s, %s: %v after frame %d came, %d went out", tt.name, name, settleMost.duration(), i, n)
+					}
+				}
+				if ahead := signed33(check.dts[testVideo] - ticks(check.pcr/300)); ahead < -maxLate || ahead > maxAhead {
+					t.Errorf("%s: frame %d is %d ticks ahead of the PCR", tt.name, i, ahead)
+				}
+				time.Sleep(10*time.Second - settleMost.duration() - time.Millisecond)
+			}
+			in.Close()
+			<-done
+			if len(check.problems) > 0 {
+				t.Errorf("%s: got %q", tt.name, check.problems)
+			}
 		})
 	}
 }
