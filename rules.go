@@ -106,6 +106,7 @@ type change struct {
 	put     func(*ruleSet)        // does to a copy of the rules what apply does to them
 	apply   func() (after func()) // does it, with mu held; after is the rest, without mu
 	takes   bool                  // takes away something that is in force
+	mute    *change               // of the same call, which is applied already and does not wait longer than for that; nil: none
 	applied bool
 	after   func()            // what apply returned
 	ending  []<-chan struct{} // what has to end before its call may return
@@ -134,6 +135,9 @@ func (r *rules) carryOut(c *change, begun time.Time, atOnce bool) error {
 	}
 	applied := c.applied
 	r.mu.Unlock()
+	if c.mute != nil {
+		c.mute.finish()
+	}
 	if applied {
 		c.finish()
 	}
@@ -153,11 +157,11 @@ const atOnce = true // before it is stored
 // change that takes something away is applied, and one that only adds is not.
 func (r *rules) awaitDisk(c *change, begun time.Time) error {
 	wait := longWait
-	if c.takes {
+	if c.takes || c.mute != nil {
 		wait = shortWait
-	}
-	if c.takes && r.file.hangs(shortWait) {
-		wait = 0
+		if r.file.hangs(shortWait) {
+			wait = 0
+		}
 	}
 	late := time.NewTimer(time.Until(begun.Add(wait)))
 	defer late.Stop()
@@ -641,21 +645,25 @@ func (r *rules) setMute(rule muteRule, by hand) (muteStatus, error) {
 		c.lifts &^= mutes
 	}
 	again := mutes != 0 && mutes&^r.mutes == 0 && !revoked && r.isStored()
-	if mutes != 0 && !again {
-		err = r.carryOut(r.muteChange(mutes), begun, atOnce)
-		r.mu.Lock()
-	}
-	if lifts&r.mutes != 0 && err == nil {
-		err = r.carryOut(r.liftChange(lifts), begun, !atOnce)
-		r.mu.Lock()
-	}
-	status := r.mutes.status(by)
-	if again {
+	lift := r.liftChange(lifts)
+	switch {
+	case lifts&r.mutes != 0:
+		if mutes != 0 {
+			lift.mute = r.muteChange(mutes)
+			r.applyChange(lift.mute)
+		}
+		err = r.carryOut(lift, begun, !atOnce)
+	case again:
 		r.unlockEnded()
-	} else {
+	case mutes != 0:
+		err = r.carryOut(r.muteChange(mutes), begun, atOnce)
+	default:
 		r.mu.Unlock()
 	}
-	if bad := (notStoredError{}); mutes != 0 && lifts != 0 && errors.As(err, &bad) {
+	r.mu.RLock()
+	status := r.mutes.status(by)
+	r.mu.RUnlock()
+	if bad := (notStoredError{}); mutes != 0 && lifts != 0 && !lift.applied && errors.As(err, &bad) {
 		err = notStoredError{"what is muted is in force, and nothing is lifted", bad.error}
 	}
 	return status, err

@@ -303,6 +303,47 @@ func TestMuteHungDisk(t *testing.T) {
 	})
 }
 
+// TestMuteAndLift: one call that mutes and lifts has the mute in force at once,
+// and is not held for the lift longer than for the mute alone.
+func TestMuteAndLift(t *testing.T) {
+	for _, tt := range []struct {
+		name, before string
+		disk         time.Duration // for one write
+		want         string
+		after        time.Duration
+	}{
+		{"a disk that hangs", `{"video":true}`, time.Minute, `500 {"error":"what is muted is in force, and nothing is lifted: the disk does not answer"}`, shortWait},
+		{"and the mute is in force already", `{"audio":true,"video":true}`, time.Minute, `500 {"error":"what is muted is in force, and nothing is lifted: the disk does not answer"}`, shortWait},
+		{"a disk that answers in time", `{"video":true}`, 60 * time.Millisecond, `200 {"audio":true,"video":false}`, 60 * time.Millisecond},
+		{"nothing to lift", `{"audio":false}`, 60 * time.Millisecond, `200 {"audio":true,"video":false}`, 60 * time.Millisecond},
+	} {
+		file := filepath.Join(t.TempDir(), "state")
+		synctest.Test(t, func(t *testing.T) {
+			r, end := keepRules(t, file)
+			s := newServer(t.Context(), r, "", discardLog)
+			ask(s, "PUT /api/mute "+tt.before)
+			r.file.save = func(file string, b []byte) error {
+				time.Sleep(tt.disk)
+				return writeState(file, b)
+			}
+			start := time.Now()
+			time.AfterFunc(time.Nanosecond, func() {
+				if got := s.commands.listMute(handHere); !got.Audio {
+					t.Errorf("%s: the sound is not muted at once", tt.name)
+				}
+			})
+			if got := ask(s, `PUT /api/mute {"audio":true,"video":false}`); got != tt.want || time.Since(start) != tt.after {
+				t.Errorf("%s: got %s after %v, want %s after %v", tt.name, got, time.Since(start), tt.want, tt.after)
+			}
+			time.Sleep(2 * time.Minute)
+			if got, want := onDisk(t, file), string(r.set().encode()); got != want {
+				t.Errorf("%s: got %s on the disk, want %s", tt.name, got, want)
+			}
+			end()
+		})
+	}
+}
+
 // TestChangeAgain holds I6 for who asks for what is in force already: he is told so
 // when a message that was begun before has ended, as the one who asked first is.
 func TestChangeAgain(t *testing.T) {
