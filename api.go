@@ -193,12 +193,25 @@ func handler(f func(*http.Request) (any, error)) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
 		v, err := f(r)
-		if err != nil {
+		switch {
+		case err == errBeingStored:
+			answer(w, http.StatusAccepted, beingStored(v))
+		case err != nil:
 			refuse(w, r, err)
-			return
+		default:
+			answer(w, http.StatusOK, v)
 		}
-		answer(w, http.StatusOK, v)
 	})
+}
+
+// beingStored returns the answer v to a change that is in force, and not stored
+// yet, which an object says.
+func beingStored(v any) any {
+	b := encode(v)
+	if b[0] == '{' {
+		b = withField(b, "stored", false)
+	}
+	return json.RawMessage(b)
 }
 
 // byName is the handler of a command that takes a name.

@@ -103,7 +103,9 @@ func (s *commands) answer(text []byte) []byte {
 		return nil
 	}
 	v, err := s.do(text)
-	if err != nil {
+	if err == errBeingStored {
+		v = beingStored(v)
+	} else if err != nil {
 		v = map[string]string{"error": err.Error()}
 	}
 	b := encode(v)

@@ -159,7 +159,7 @@ func (r *rules) awaitDisk(c *change, begun time.Time) error {
 	wait := longWait
 	if c.takes || c.mute != nil {
 		wait = shortWait
-		if r.file.hangs(shortWait) {
+		if r.file.hangs(shortWait) && !r.file.isSlow() {
 			wait = 0
 		}
 	}
@@ -184,7 +184,6 @@ func (r *rules) awaitDisk(c *change, begun time.Time) error {
 		return err
 	default:
 	}
-	r.file.tellHang()
 	r.unstored = slices.DeleteFunc(r.unstored, func(o *change) bool { return o == c }) // nobody waits for its result
 	if i := slices.Index(r.pending, c); i >= 0 && c.takes {
 		r.applyChange(c)
@@ -192,8 +191,18 @@ func (r *rules) awaitDisk(c *change, begun time.Time) error {
 		r.pending = slices.Delete(r.pending, i, i+1)
 		r.file.request() // the write that hangs may store c
 	}
+	switch slow := r.file.isSlow(); {
+	case slow && c.applied:
+		return errBeingStored
+	case !slow:
+		r.file.tellHang()
+	}
 	return notStored(c, errDiskHangs)
 }
+
+// errBeingStored: the change is in force, and a disk that is known to be slow has
+// yet to say that it is stored. The log is told if it is not.
+var errBeingStored = errors.New("in force, being stored")
 
 // snapshot returns the rules as they are to be stored, with those pending, and
 // the changes that made them so.

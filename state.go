@@ -195,12 +195,16 @@ type stateFile struct {
 	done chan struct{} // closed when nothing will be written any more
 
 	mu     sync.Mutex
-	begun  time.Time // when the write in progress began; zero: there is none
-	stale  bool      // the file has not all that the rules are
-	failed bool      // and the log was told
+	begun  time.Time     // when the write in progress began; zero: there is none
+	usual  time.Duration // the longest that a write has taken of late
+	stale  bool          // the file has not all that the rules are
+	failed bool          // and the log was told
 }
 
-const retryWrite = 10 * time.Second
+const (
+	retryWrite = 10 * time.Second
+	slowFactor = 10 // by how much a write may take longer than others before it
+)
 
 // openState reads the state file called name, and returns what is in it. One
 // that does not exist yet is made, with no rules, to learn at once whether that
@@ -246,7 +250,9 @@ func (f *stateFile) start(ctx context.Context, snapshot func() (ruleSet, []*chan
 			}
 			if f.begin() {
 				set, changes := snapshot()
+				late := time.AfterFunc(longWait, f.tellHang)
 				err := f.save(f.name, set.encode())
+				late.Stop()
 				f.end(err)
 				stored(changes, err)
 			}
@@ -281,6 +287,7 @@ func (f *stateFile) begin() bool {
 func (f *stateFile) end(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.usual = max(time.Since(f.begun), f.usual*3/4)
 	f.begun = time.Time{}
 	f.stale = f.stale || err != nil
 	switch was := f.failed; {
@@ -303,11 +310,22 @@ func (f *stateFile) tellFailure(err error) {
 // errDiskHangs: it is not known yet whether the state file could be written.
 var errDiskHangs = errors.New("the disk does not answer")
 
-// tellHang tells the log that somebody has waited in vain.
+// tellHang tells the log that the write in progress takes too long.
 func (f *stateFile) tellHang() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.tellFailure(errDiskHangs)
+	if !f.begun.IsZero() {
+		f.tellFailure(errDiskHangs)
+	}
+}
+
+// isSlow reports whether the disk was seen to need longer than shortWait, and may
+// still answer. One that was fast before and is not now hangs.
+func (f *stateFile) isSlow() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	most := min(slowFactor*f.usual, longWait)
+	return most > shortWait && (f.begun.IsZero() || time.Since(f.begun) < most)
 }
 
 // hangs reports whether the write in progress has taken that long.

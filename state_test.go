@@ -380,6 +380,73 @@ func TestStateHungDisk(t *testing.T) {
 	}
 }
 
+// TestStateSlowCard: on a disk that is known to need longer than a call may take,
+// a change that takes away is no error; the answer says that it is not stored
+// yet, and the log is told if it never is.
+func TestStateSlowCard(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "state")
+	synctest.Test(t, func(t *testing.T) {
+		log := &logBuffer{}
+		r, end := keepRules(t, file)
+		r.file.log = slog.New(slog.NewTextHandler(log, nil))
+		s := newServer(t.Context(), r, "", discardLog)
+		ask(s, `POST /api/streams {"stream":"stream/a","feeds":["video0","audio0"]}`)
+		ask(s, `POST /api/streams {"stream":"stream/b","feeds":["video0"]}`)
+		const disk = 300 * time.Millisecond
+		takes := disk
+		r.file.save = func(file string, b []byte) error {
+			time.Sleep(takes)
+			return writeState(file, b)
+		}
+		control := func(rule string) string { return string(s.commands.answer([]byte(rule))) }
+		for _, step := range []struct {
+			request, want string
+			after         time.Duration
+		}{
+			{`PUT /api/mute {"video":true}`, `500 {"error":"in force, not stored: the disk does not answer"}`, shortWait}, // it was fast
+			{`PUT /api/mute {"video":false}`, `200 {"audio":false,"video":false}`, disk},
+			{`PUT /api/mute {"audio":true}`, `202 {"audio":true,"video":false,"stored":false}`, shortWait},
+			{`PUT /api/mute {"audio":true}`, `200 {"audio":true,"video":false}`, 0},
+			{`{"verb":"mute","rule":{"video":true},"ref":1}`, `{"audio":true,"video":true,"by":{"audio":["here"]},"stored":false,"ref":1}`, shortWait},
+			{`POST /api/streams {"stream":"stream/a","feeds":["video0","audio1"]}`, `202 {"stream":"stream/a","feeds":["video0","audio1"],"stored":false}`, shortWait},
+			{`DELETE /api/streams/stream/a`, `202 "stream/a"`, shortWait},
+			{`{"verb":"delete","what":"stream","which":"stream/b"}`, `{"deleted":"stream/b","stored":false}`, shortWait},
+			{`PUT /api/mute {"audio":false}`, `200 {"audio":false,"video":true,"by":{"video":["control"]}}`, disk},
+		} {
+			start := time.Now()
+			got := ""
+			if step.request[0] == '{' {
+				got = control(step.request)
+			} else {
+				got = ask(s, step.request)
+			}
+			if took := time.Since(start); got != step.want || took != step.after {
+				t.Errorf("%s: got %s after %v, want %s after %v", step.request, got, took, step.want, step.after)
+			}
+			time.Sleep(2 * disk)
+			if got, want := onDisk(t, file), string(r.set().encode()); got != want {
+				t.Errorf("%s: got %s on the disk, want %s", step.request, got, want)
+			}
+		}
+		told := log.len()
+		takes = time.Hour
+		for i, want := range []string{"202 ", "500 "} {
+			if got := ask(s, `PUT /api/mute {"audio":true}`); !strings.HasPrefix(got, want) {
+				t.Errorf("call %d, the disk hangs: got %s, want %s", i, got, want)
+			}
+			if text := log.String()[told:]; (i == 1) != strings.Contains(text, "level=ERROR msg=\"the rules are not stored\" err=\"the disk does not answer\"") {
+				t.Errorf("call %d, the disk hangs: the log says %q", i, text)
+			}
+			time.Sleep(longWait)
+		}
+		time.Sleep(2 * time.Hour)
+		if got, want := onDisk(t, file), string(r.set().encode()); got != want {
+			t.Errorf("at last: got %s on the disk, want %s", got, want)
+		}
+		end()
+	})
+}
+
 // TestStateHungAtTheEnd: vw ends in time, with a disk that hangs.
 func TestStateHungAtTheEnd(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "state")
@@ -501,6 +568,8 @@ func TestE2EStateKill(t *testing.T) {
 			switch {
 			case resp.StatusCode == http.StatusOK:
 				unstored = nil
+			case resp.StatusCode == http.StatusAccepted: // the disk is slow, and known for it
+				unstored = append(unstored, before)
 			case strings.Contains(string(answer), "in force, not stored: "): // the disk is slow
 				unstored = append(unstored, before)
 			default:
