@@ -96,7 +96,11 @@ func (s *server) table() *http.ServeMux {
 
 	// Without these, ServeMux would answer with a redirect.
 	for _, path := range []string{"/ts", "/in", "/out", "/api/check"} {
-		m.Handle(path, handler(func(*http.Request) (any, error) { return nil, invalid("path %q: the name is missing", path) }))
+		m.Handle(path, handler(func(r *http.Request) (any, error) {
+			err := invalid("path %q: the name is missing", path)
+			s.media.tellRefused(r, err)
+			return nil, err
+		}))
 	}
 	for _, path := range []string{"/api/streams", "/api/destinations"} {
 		m.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
@@ -118,6 +122,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if err := s.door.admit(r); err != nil {
 		s.log.Debug("not admitted", "remote", r.RemoteAddr, "err", err) // Debug, since any caller can trigger this at will
+		s.media.tellRefused(r, err)
 		s.page.refuse(w, r, err)
 		return
 	}
@@ -128,6 +133,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	if err := tidyPath(r.URL); err != nil {
+		s.media.tellRefused(r, err)
 		refuse(w, r, err)
 		return
 	}

@@ -443,32 +443,39 @@ type httpError struct {
 
 func (e httpError) Error() string { return e.text }
 
-// refuse answers with an error. A body that is still coming is not waited for:
-// ffmpeg only notices the answer when the connection closes.
-func refuse(w http.ResponseWriter, r *http.Request, err error) {
-	status := http.StatusInternalServerError
+// statusOf returns the status of the answer that tells of err.
+func statusOf(err error) int {
 	var known httpError
 	var bad invalidError
 	switch {
 	case errors.As(err, &known):
-		status = known.status
+		return known.status
 	case errors.As(err, &bad):
-		status = http.StatusBadRequest
+		return http.StatusBadRequest
 	case errors.Is(err, errNotFound):
-		status = http.StatusNotFound
+		return http.StatusNotFound
 	case errors.Is(err, errReplaced):
-		status = http.StatusConflict
+		return http.StatusConflict
 	case errors.Is(err, errNotTS):
-		status = http.StatusUnsupportedMediaType
+		return http.StatusUnsupportedMediaType
 	case errors.Is(err, errShutdown), errors.Is(err, errFull):
-		status = http.StatusServiceUnavailable
+		return http.StatusServiceUnavailable
 	}
+	return http.StatusInternalServerError
+}
+
+// refuse answers with an error. A body that is still coming is not waited for:
+// ffmpeg only notices the answer when the connection closes.
+func refuse(w http.ResponseWriter, r *http.Request, err error) {
+	status := statusOf(err)
 	switch status {
 	case http.StatusTooManyRequests:
 		w.Header().Set("Retry-After", strconv.Itoa(int(maxGuessWait.Seconds())))
 	case http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", "5")
 		w.Header().Set("Connection", "close") // there may be too many
+	case http.StatusLengthRequired:
+		w.Header().Set("Connection", "close") // what follows may be the body, and no request
 	}
 	if status == http.StatusUnauthorized {
 		// RFC 9110 15.5.2 wants one. ffmpeg waits for Basic on /ts; elsewhere a

@@ -10,8 +10,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
+	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/net/websocket"
@@ -24,36 +27,145 @@ type media struct {
 	maxLag time.Duration
 	door   *door
 	log    *slog.Logger
+
+	refusals episodes
+	series   series
 }
 
 // postTS publishes the body until it ends.
 func (m *media) postTS(w http.ResponseWriter, r *http.Request) {
 	c := http.NewResponseController(w)
-	if err := m.publish(r, func() { c.SetReadDeadline(past) }); err != nil {
+	begun, err := m.publish(r, func() { c.SetReadDeadline(past) })
+	if err != nil {
+		if !begun {
+			m.tellRefused(r, err)
+		}
 		refuse(w, r, err)
 		return
 	}
 	answer(w, http.StatusOK, "ok")
 }
 
-// publish publishes the body of r; interrupt makes reads of it fail.
-func (m *media) publish(r *http.Request, interrupt func()) error {
+// publish publishes the body of r; interrupt makes reads of it fail. begun reports
+// whether r had its feed.
+func (m *media) publish(r *http.Request, interrupt func()) (begun bool, err error) {
 	name, err := cleanFeed(r.PathValue("name"))
 	if err != nil {
-		return err
+		return false, err
+	}
+	if r.ContentLength == 0 && r.Header.Get("Content-Length") == "" {
+		return false, httpError{http.StatusLengthRequired, "the request has no body: send it with Transfer-Encoding: chunked, or with a Content-Length"}
 	}
 	defer onDone(m.ctx, interrupt)()
 	log := m.log.With("feed", name, "remote", r.RemoteAddr)
-	log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
-	p := newPublisher(r, interrupt)
-	p.begun = func() { m.door.settle(r) }
+	p, start, earlier := newPublisher(r, interrupt), time.Now(), 0
+	p.begun = func() {
+		begun = true
+		m.door.settle(r)
+		switch earlier = m.series.length(name, start); {
+		case earlier < fewShort:
+			log.Info("publisher arrived", "agent", p.agent)
+		case earlier == fewShort:
+			log.Warn("the feed comes in many short requests, and its frames break where they end; more of them are not logged: "+
+				"send one request without an end (GStreamer: curlhttpsink)", "agent", p.agent)
+		}
+	}
 	p.warn = func(what string) { log.Warn("clock of the publisher", "what", what) }
-	err = m.mux.publish(name, p, r.Body)
+	body := &countedBody{Reader: r.Body}
+	err = m.mux.publish(name, p, body)
 	if m.ctx.Err() != nil {
 		err = errShutdown
 	}
-	log.Info("publisher left", "err", err)
-	return err
+	if err == nil && body.bytes == 0 {
+		err = invalid("the body is empty: MPEG-TS is expected")
+	}
+	if err != nil {
+		log = log.With("err", err)
+	}
+	if begun && earlier < fewShort {
+		log.Info("publisher left")
+	}
+	m.series.note(name, start, begun && err == nil)
+	return begun, err
+}
+
+// countedBody counts what is read.
+type countedBody struct {
+	io.Reader
+	bytes int
+}
+
+func (b *countedBody) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	b.bytes += n
+	return n, err
+}
+
+// tellRefused tells the log, once in an episode, why a publisher is refused. It
+// says nothing of other requests.
+func (m *media) tellRefused(r *http.Request, err error) {
+	name, ok := strings.CutPrefix(r.URL.Path, "/ts")
+	if !ok || name != "" && name[0] != '/' || r.Method != http.MethodPost && r.Method != http.MethodPut {
+		return
+	}
+	status := statusOf(err)
+	kind := fmt.Sprint(callerOf(r), " ", status)
+	switch status {
+	case http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests: // anybody may cause these, for any path
+	default:
+		kind += name
+	}
+	if m.refusals.begins(kind, time.Now()) {
+		m.log.Info("publisher refused; the same again is not logged", "path", fmt.Sprintf("%.300s", r.URL.Path),
+			"remote", r.RemoteAddr, "agent", fmt.Sprintf("%.100s", r.UserAgent()), "status", status, "err", err)
+	}
+}
+
+const (
+	shortRequest = time.Second     // from begin to end
+	seriesPause  = 5 * time.Second // without another short request, and a series is over
+	fewShort     = 2               // short requests in a row that are logged as others are
+)
+
+// series finds feeds that come in many short requests, as if each buffer were a
+// feed of its own. Safe for concurrent use; the zero value is ready.
+type series struct {
+	mu    sync.Mutex
+	feeds map[string]shortRequests
+}
+
+// shortRequests are those of a feed that followed each other.
+type shortRequests struct {
+	n    int
+	last time.Time // when the last of them ended
+}
+
+// length returns how many short requests of a feed came in a row before now.
+func (s *series) length(feed string, now time.Time) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if f := s.feeds[feed]; now.Sub(f.last) <= seriesPause {
+		return f.n
+	}
+	return 0
+}
+
+// note takes note of a request that ends now. whole says that it did so properly.
+func (s *series) note(feed string, start time.Time, whole bool) {
+	n, now := s.length(feed, start), time.Now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !whole || now.Sub(start) > shortRequest {
+		delete(s.feeds, feed)
+		return
+	}
+	maps.DeleteFunc(s.feeds, func(_ string, f shortRequests) bool { return now.Sub(f.last) > seriesPause })
+	if s.feeds == nil {
+		s.feeds = make(map[string]shortRequests)
+	}
+	if n > 0 || len(s.feeds) < maxPublishers {
+		s.feeds[feed] = shortRequests{n + 1, now}
+	}
 }
 
 // newPublisher is who made the request.

@@ -2,47 +2,110 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/net/websocket"
 )
 
 // TestRefusedPost: a publisher that is refused is told, and cut off, while its
-// body goes on.
+// body goes on. The log says once what it was and why.
 func TestRefusedPost(t *testing.T) {
-	addr, _, _ := runVW(t)
-	tests := []struct{ name, path, data, want string }{
-		{"a bad name", "/ts/stream/x", "", "400"},
-		{"no MPEG-TS", "/ts/video0", strings.Repeat("this is text ", 6000), "415"},
-		{"a wrong path", "/video0", "", "404"},
+	addr, log, _ := runVW(t, "VW_TOKEN="+secretToken)
+	const chunked = "Transfer-Encoding: chunked\r\n"
+	chunk := func(data string) string { return fmt.Sprintf("%x\r\n%s\r\n", len(data), data) }
+	clip := testClip(12, 1000)
+	tests := []struct{ name, path, header, data, want, logged string }{
+		{"a bad name", "/ts/stream/x", chunked, "", "400", `path=/ts/stream/x `},
+		{"another bad name", "/ts/a//b", chunked, "", "400", `path=/ts/a//b `},
+		{"no name", "/ts", chunked, "", "400", `path=/ts `},
+		{"no MPEG-TS", "/ts/video0", chunked, chunk(strings.Repeat("this is text ", 6000)), "415", `err="not MPEG-TS: `},
+		{"a wrong path", "/video0", chunked, "", "404", ""},
+		{"no length and no chunks", "/ts/video1", "", string(clip), "411", `status=411 err="the request has no body: `},
+		{"an empty body", "/ts/video2", "Connection: close\r\nContent-Length: 0\r\n", "", "400", `err="the body is empty: `},
+		{"no chunk but the last", "/ts/video3", "Connection: close\r\n" + chunked, "0\r\n\r\n", "400", `err="the body is empty: `},
+		{"no token", "/ts/video4", "X-Forwarded-For: 192.0.2.1\r\n" + chunked, "", "401", `status=401 err="VW_TOKEN must be presented: `},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			conn, err := net.Dial("tcp", addr)
-			if err != nil {
-				t.Fatal(err)
+			told := log.len()
+			for range 3 {
+				conn, err := net.Dial("tcp", addr)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				start := time.Now()
+				conn.SetDeadline(start.Add(3 * time.Second))
+				fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: %s\r\n%s\r\n%s", tt.path, addr, tt.header, tt.data)
+				answer, err := io.ReadAll(conn) // ends when the connection does
+				if tt.want == "411" && errors.Is(err, syscall.ECONNRESET) {
+					err = nil // its body is none to read
+				}
+				if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 "+tt.want) || !strings.Contains(string(answer), `{"error":`) {
+					t.Errorf("after %v got %q, %v, want %s", time.Since(start), answer, err, tt.want)
+				}
 			}
-			defer conn.Close()
-			start := time.Now()
-			conn.SetDeadline(start.Add(3 * time.Second))
-			fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: %s\r\nTransfer-Encoding: chunked\r\n\r\n", tt.path, addr)
-			if tt.data != "" {
-				fmt.Fprintf(conn, "%x\r\n%s\r\n", len(tt.data), tt.data)
+			lines := 1
+			if tt.logged == "" {
+				lines = 0
 			}
-			answer, err := io.ReadAll(conn) // ends when the connection does
-			if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 "+tt.want) || !strings.Contains(string(answer), `{"error":`) {
-				t.Errorf("after %v got %q, %v, want %s", time.Since(start), answer, err, tt.want)
+			if lines == 1 {
+				waitFor(t, "the log", func() bool { return strings.Contains(log.String()[told:], `level=INFO msg="publisher refused`) })
+			}
+			if got := log.String()[told:]; strings.Count(got, "\n") != lines || !strings.Contains(got, tt.logged) {
+				t.Errorf("the log says %q, want %d lines with %q", got, lines, tt.logged)
 			}
 		})
 	}
+}
+
+// TestShortRequests: a feed that comes as one request for each buffer is told of
+// once, and not with two lines a buffer. One that comes and goes is logged as ever.
+func TestShortRequests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &logBuffer{}
+		r := newRules(t.Context(), newMux(), time.Second, slog.New(slog.NewTextHandler(log, nil)))
+		s := newServer(t.Context(), r, "", r.log)
+		clip := string(testClip(12, 1000))
+		post := func(pause time.Duration, n int) (lines string) {
+			t.Helper()
+			told := log.len()
+			for range n {
+				if got := ask(s, "POST /ts/video0 "+clip); got != `200 "ok"` {
+					t.Fatalf("got %s", got)
+				}
+				time.Sleep(pause)
+			}
+			return log.String()[told:]
+		}
+		count := func(lines, word string) int { return strings.Count(lines, word) }
+		got := post(40*time.Millisecond, 500)
+		if count(got, "\n") != 2*fewShort+1 || count(got, "publisher left feed=video0") != 0 || count(got, "level=WARN") != 1 || count(got, "curlhttpsink") != 1 {
+			t.Errorf("500 buffers: the log has\n%s", got)
+		}
+		time.Sleep(2 * seriesPause)
+		if got := post(2*seriesPause, 10); count(got, `"publisher arrived"`) != 10 || count(got, `"publisher left"`) != 10 || count(got, "level=WARN") != 0 {
+			t.Errorf("10 publishers: the log has\n%s", got)
+		}
+		if got := post(time.Second, 10); count(got, "level=WARN") != 1 {
+			t.Errorf("buffers again: the log has\n%s", got)
+		}
+		if len(s.media.series.feeds) != 1 {
+			t.Errorf("%d feeds are remembered", len(s.media.series.feeds))
+		}
+	})
 }
 
 // TestTakeOver: the newest publisher wins; the older gets 409 at once, and a
@@ -214,7 +277,7 @@ func TestE2EProxiedFeed(t *testing.T) {
 		seen := v.out.len()
 		f := startFFmpeg(t, realTime, videoInput, threeSecs, videoCodec, args)
 		f.endsItself(t, 2*startupTime)
-		v.expect(t, seen, startupTime, `msg="publisher left" feed=video0 .* err=<nil>`)
+		v.expect(t, seen, startupTime, `msg="publisher left" feed=video0 remote=\S+\n`)
 		if n := strings.Count(v.out.String(), `"publisher arrived"`); n != i+1 {
 			t.Errorf("got %d publishers, want %d", n, i+1)
 		}
