@@ -1,17 +1,26 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
+	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/net/websocket"
 )
 
 // recording is what ffmpeg made, as messages that come when their first picture
@@ -21,20 +30,32 @@ type recording struct {
 	due      []time.Duration
 }
 
-// record runs ffmpeg with the arguments of two pictures and a sound, of which the
-// mapping chooses.
-func record(t *testing.T, args ...string) (r recording) {
+// record returns what ffmpeg makes with the arguments of two pictures and a
+// sound, of which the mapping chooses. It is made once.
+func record(t *testing.T, args ...string) recording {
 	t.Helper()
+	ffmpeg := needs(t, "ffmpeg")
+	once, _ := recordings.LoadOrStore(strings.Join(args, " "), sync.OnceValues(func() (recording, error) { return newRecording(ffmpeg, args) }))
+	r, err := once.(func() (recording, error))()
+	if err != nil {
+		t.Fatal("ffmpeg: ", err)
+	}
+	return r
+}
+
+var recordings sync.Map // functions that make them, by arguments
+
+func newRecording(ffmpeg string, args []string) (r recording, err error) {
 	all := []string{
 		"-v", "error", "-f", "lavfi", "-i", "testsrc2=size=160x120:rate=25", "-f", "lavfi", "-i", "testsrc=size=160x120:rate=25",
 		"-f", "lavfi", "-i", "sine=sample_rate=48000", "-t", "9",
 	}
-	out, err := exec.Command(needs(t, "ffmpeg"), slices.Concat(all, args, []string{"-muxdelay", "0.001", "-f", "mpegts", "-"})...).Output()
+	out, err := exec.Command(ffmpeg, slices.Concat(all, args, []string{"-muxdelay", "0.001", "-f", "mpegts", "-"})...).Output()
 	if err != nil {
-		t.Fatal("ffmpeg: ", err)
+		return r, err
 	}
 	if r.messages, err = frames(splitUp(out, packetSize)); err != nil {
-		t.Fatal(err)
+		return r, err
 	}
 	first, due := ticks(-1), time.Duration(0)
 	for _, m := range r.messages {
@@ -53,7 +74,14 @@ func record(t *testing.T, args ...string) (r recording) {
 		}
 		r.due = append(r.due, due)
 	}
-	return r
+	return r, nil
+}
+
+// message returns a copy of a message, as one that comes now.
+func (r recording) message(i int, now time.Time) *message {
+	m := newMessage(r.messages[i].payload(), now, r.messages[i].info)
+	m.first = i == 0
+	return m
 }
 
 // play publishes the recording to feed f of stream/x of b in virtual time, and
@@ -61,12 +89,10 @@ func record(t *testing.T, args ...string) (r recording) {
 func (r recording) play(b *bench, at func(i int)) {
 	start := time.Now()
 	b.attach("f", &publisher{interrupt: func() {}})
-	for i, m := range r.messages {
+	for i := range r.messages {
 		time.Sleep(time.Until(start.Add(r.due[i])))
 		now := time.Now()
-		again := newMessage(m.payload(), now, m.info)
-		again.first = i == 0
-		b.feeds["f"].publish(b.feeds["f"].pub, again, b.now(now))
+		b.feeds["f"].publish(b.feeds["f"].pub, r.message(i, now), b.now(now))
 		at(i)
 	}
 }
@@ -79,23 +105,26 @@ func (b *bench) takeAll(s *subscriber) []byte {
 	return b.got()
 }
 
+// replayCases are what encoders make, and whether a stream of it is replayed.
+var replayCases = []struct {
+	name string
+	args []string
+	want bool
+}{
+	{"x264 defaults", []string{"-map", "0", "-c:v", "libx264", "-preset", "fast"}, true},
+	{"x264 without B-frames", []string{"-map", "0", "-c:v", "libx264", "-bf", "0"}, true},
+	{"x265", []string{"-map", "0", "-c:v", "libx265", "-x265-params", "log-level=none"}, true},
+	{"MPEG-1", []string{"-map", "0", "-c:v", "mpeg1video", "-g", "12"}, true},
+	{"MPEG-1 with B-frames", []string{"-map", "0", "-c:v", "mpeg1video", "-g", "12", "-bf", "2"}, true},
+	{"MPEG-1 with a long group", []string{"-map", "0", "-c:v", "mpeg1video", "-g", "100"}, false},
+	{"picture and sound", []string{"-map", "0", "-map", "2", "-c:v", "libx264", "-c:a", "mp2"}, true},
+	{"two videos", []string{"-map", "0", "-map", "1", "-c:v", "libx264"}, true},
+}
+
 // TestReplay: a reader that joins a stream between two keyframes has the pictures
 // since the last one at once, squeezed, and from then on what everybody has.
 func TestReplay(t *testing.T) {
-	for _, tt := range []struct {
-		name string
-		args []string
-		want bool
-	}{
-		{"x264 defaults", []string{"-map", "0", "-c:v", "libx264", "-preset", "fast"}, true},
-		{"x264 without B-frames", []string{"-map", "0", "-c:v", "libx264", "-bf", "0"}, true},
-		{"x265", []string{"-map", "0", "-c:v", "libx265", "-x265-params", "log-level=none"}, true},
-		{"MPEG-1", []string{"-map", "0", "-c:v", "mpeg1video", "-g", "12"}, true},
-		{"MPEG-1 with B-frames", []string{"-map", "0", "-c:v", "mpeg1video", "-g", "12", "-bf", "2"}, true},
-		{"MPEG-1 with a long group", []string{"-map", "0", "-c:v", "mpeg1video", "-g", "100"}, false},
-		{"picture and sound", []string{"-map", "0", "-map", "2", "-c:v", "libx264", "-c:a", "mp2"}, true},
-		{"two videos", []string{"-map", "0", "-map", "1", "-c:v", "libx264"}, true},
-	} {
+	for _, tt := range replayCases {
 		t.Run(tt.name, func(t *testing.T) {
 			r := record(t, tt.args...)
 			var replayed, live []byte
@@ -119,6 +148,199 @@ func TestReplay(t *testing.T) {
 				decodesFirst(t, slices.Concat(replayed, live))
 			}
 		})
+	}
+}
+
+// witness keeps what a reader got, and when.
+type witness struct {
+	name  string
+	asked time.Time
+
+	mu   sync.Mutex
+	all  []byte
+	ends []int // in all, of each piece
+	at   []time.Time
+}
+
+func (w *witness) Write(b []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.all = append(w.all, b...)
+	w.ends, w.at = append(w.ends, len(w.all)), append(w.at, time.Now())
+	return len(b), nil
+}
+
+// pictures returns when each picture was there, by its PID and its bytes
+// without the PES header, and when the first was.
+func (w *witness) pictures() (at map[string]time.Time, first time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	type picture struct {
+		es []byte
+		at time.Time
+	}
+	open := make(map[uint16]*picture)
+	at = make(map[string]time.Time)
+	done := func(pid uint16) {
+		p := open[pid]
+		if p == nil {
+			return
+		}
+		at[fmt.Sprintf("%x %x", pid, sha256.Sum256(p.es))] = p.at
+		if first.IsZero() || p.at.Before(first) {
+			first = p.at
+		}
+	}
+	for i := 0; i+packetSize <= len(w.all); i += packetSize {
+		p := packet(w.all[i : i+packetSize])
+		payload := p.payload()
+		if p.unitStart() && len(payload) > 8 && bytes.HasPrefix(payload, []byte{0, 0, 1}) && payload[3]&0xf0 == 0xe0 {
+			done(p.pid())
+			open[p.pid()] = &picture{}
+			payload = payload[9+int(payload[8]):]
+		}
+		if o := open[p.pid()]; o != nil {
+			piece, _ := slices.BinarySearch(w.ends, i+packetSize) // that has its end
+			o.es, o.at = append(o.es, payload...), w.at[piece]
+		}
+	}
+	for pid := range open {
+		done(pid)
+	}
+	return at, first
+}
+
+// readers read streams of a vw until they are ended.
+type readers struct {
+	t   *testing.T
+	v   *vwProcess
+	ctx context.Context
+	sync.WaitGroup
+}
+
+// get reads on GET /ts.
+func (r *readers) get(stream string) *witness {
+	w := &witness{name: "GET /ts", asked: time.Now()}
+	r.Go(func() {
+		request, err := http.NewRequestWithContext(r.ctx, "GET", r.v.url+"/ts/"+stream, nil)
+		if err != nil {
+			r.t.Error(err)
+			return
+		}
+		client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+		if a, err := client.Do(request); err == nil {
+			io.Copy(w, a.Body)
+			a.Body.Close()
+		}
+	})
+	return w
+}
+
+// view reads on the websocket /out, as the preview does.
+func (r *readers) view(stream string) *witness {
+	w := &witness{name: "/out", asked: time.Now()}
+	c, err := websocket.Dial("ws://"+r.v.addr+"/out/"+stream, "", r.v.url)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.Go(func() {
+		defer context.AfterFunc(r.ctx, func() { c.Close() })()
+		for b := []byte(nil); websocket.Message.Receive(c, &b) == nil; {
+			w.Write(b)
+		}
+	})
+	return w
+}
+
+// send reads as a relay.
+func (r *readers) send(id int, stream string) *witness {
+	w := &witness{name: "a destination"}
+	relay := &chaosRelay{t: r.t, see: func(b []byte) { w.Write(b) }}
+	relay.start()
+	w.asked = time.Now()
+	r.v.call(r.t, 200, "POST", "/api/destinations", fmt.Sprintf(`{"id":%d,"stream":%q,"destination":"ws://%s"}`, id, stream, relay.addr))
+	return w
+}
+
+// TestReplayWays: whichever way a reader comes, it has a picture within 0.4 s,
+// and is within 1 s as live as one that was there from the start.
+func TestReplayWays(t *testing.T) {
+	wallClock(t)
+	t.Parallel()
+	all := make([]recording, len(replayCases))
+	for i, tt := range replayCases {
+		all[i] = record(t, tt.args...)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	readers := readers{t: t, v: startVW(t), ctx: ctx}
+	var publishing sync.WaitGroup
+	begin := time.Now().Add(time.Second)
+	early, late := make([]*witness, len(all)), make([][]*witness, len(all))
+	for i, r := range all {
+		feed := fmt.Sprint("f", i)
+		readers.v.call(t, 200, "POST", "/api/streams", fmt.Sprintf(`{"stream":"stream/%s","feeds":[%q]}`, feed, feed))
+		early[i] = readers.get("stream/" + feed)
+		post := startPost(t, readers.v.addr, feed)
+		publishing.Go(func() {
+			for j, m := range r.messages {
+				time.Sleep(time.Until(begin.Add(r.due[j])))
+				post.write(t, m.payload())
+			}
+			post.end(t)
+		})
+	}
+	time.Sleep(time.Until(begin.Add(6 * time.Second)))
+	for i := range all {
+		stream := fmt.Sprint("stream/f", i)
+		late[i] = []*witness{readers.get(stream), readers.view(stream), readers.send(i, stream)}
+	}
+	publishing.Wait()
+	time.Sleep(100 * time.Millisecond) // what was published last arrives
+	cancel()
+	readers.Wait()
+	for i, tt := range replayCases {
+		t.Run(tt.name, func(t *testing.T) {
+			for _, w := range late[i] {
+				w.compare(t, early[i], tt.want)
+			}
+			decodesFirst(t, late[i][0].all)
+		})
+	}
+}
+
+// compare fails the test unless w, who came late, had a picture at once, if one
+// is replayed, was soon as live as early, and got one program.
+func (w *witness) compare(t *testing.T, early *witness, replays bool) {
+	t.Helper()
+	was, _ := early.pictures()
+	is, first := w.pictures()
+	var behind, newest time.Duration // of what came live, of what was replayed
+	live, replayed := 0, 0
+	for picture, at := range is {
+		then, ok := was[picture]
+		switch {
+		case !ok:
+			t.Errorf("%s: a picture that the early reader did not get", w.name)
+		case then.After(w.asked.Add(time.Second)):
+			behind = max(behind, at.Sub(then))
+			live++
+		case then.Before(w.asked):
+			newest = max(newest, at.Sub(w.asked))
+			replayed++
+		}
+	}
+	t.Logf("%s: a picture after %v; %d were replayed, the last after %v; then at most %v behind",
+		w.name, first.Sub(w.asked), replayed, newest, behind)
+	if got := first.Sub(w.asked); replays && (got > 400*time.Millisecond || replayed == 0 || live < 25 || newest > 400*time.Millisecond) {
+		t.Errorf("%s: got a picture after %v, the last of %d replayed after %v, and %d live ones; want some at once, and live ones", w.name, got, replayed, newest, live)
+	}
+	if replayed > 0 != replays || behind > 200*time.Millisecond {
+		t.Errorf("%s: got %d replayed pictures, want some: %v; live ones were up to %v behind the early reader", w.name, replayed, replays, behind)
+	}
+	check := newTSCheck()
+	check.read(w.all)
+	if len(check.problems) > 0 {
+		t.Errorf("%s: got %d problems: %q", w.name, len(check.problems), check.problems[:min(5, len(check.problems))])
 	}
 }
 
@@ -170,17 +392,40 @@ func firstOn(ts []byte, pid uint16) packet {
 	return nullPacket
 }
 
-// decodesFirst fails the test unless ffmpeg decodes each video of b from its
-// first byte without a complaint.
+// decodesFirst fails the test unless ffmpeg decodes each picture of b, from its
+// first byte on, without a complaint.
 func decodesFirst(t *testing.T, b []byte) {
 	t.Helper()
 	name := filepath.Join(t.TempDir(), "late.ts")
 	if err := os.WriteFile(name, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.Command(needs(t, "ffmpeg"), "-v", "error", "-i", name, "-map", "0", "-enc_time_base:v", "1:90000", "-f", "null", "-").CombinedOutput()
-	if err != nil || len(out) > 0 {
-		t.Errorf("ffmpeg decodes with %v and says %.1000q, want nothing", err, out)
+	cmd := exec.Command(needs(t, "ffmpeg"), "-v", "error", "-i", name, "-map", "0", "-enc_time_base:v", "1:90000", "-f", "framecrc", "-")
+	var says strings.Builder
+	cmd.Stderr = &says
+	out, err := cmd.Output()
+	if err != nil || says.Len() > 0 {
+		t.Errorf("ffmpeg decodes with %v and says %.1000q, want nothing", err, says.String())
+	}
+	decoded, sent := 0, 0
+	for _, found := range regexp.MustCompile(`(?m)^#media_type (\d+): video$`).FindAllStringSubmatch(string(out), -1) {
+		decoded += strings.Count(string(out), "\n"+found[1]+", ")
+	}
+	shown := make(map[uint16]ticks) // the first picture of each video
+	for p := packet(b); len(p) > 0; p = p[packetSize:] {
+		pts, _ := timestamps(p[:packetSize].payload())
+		if pts == nil || !p.unitStart() || p[:packetSize].payload()[3] != 0xe0 {
+			continue
+		}
+		if _, ok := shown[p.pid()]; !ok {
+			shown[p.pid()] = readTime(pts)
+		}
+		if readTime(pts) >= shown[p.pid()] { // else it lacks the pictures before the keyframe
+			sent++
+		}
+	}
+	if decoded != sent || sent == 0 {
+		t.Errorf("ffmpeg decodes %d pictures of %d", decoded, sent)
 	}
 }
 
@@ -343,14 +588,14 @@ func TestReplayDestination(t *testing.T) {
 		p := &publisher{interrupt: func() {}}
 		f := r.mux.attach("f", p)
 		defer r.mux.detach(f, p)
-		for i, m := range rec.messages {
+		for i := range rec.messages {
 			select {
 			case <-ctx.Done():
 				return
 			case <-time.After(time.Until(begun.Add(rec.due[i]))):
 			}
-			m.at, m.first = time.Now(), i == 0
-			f.publish(p, m, r.mux.now(m.at))
+			now := time.Now()
+			f.publish(p, rec.message(i, now), r.mux.now(now))
 		}
 	})
 	time.Sleep(2 * time.Second) // two more to the next keyframe
