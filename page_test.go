@@ -654,6 +654,12 @@ func TestPage(t *testing.T) {
 	if got := v.call(t, 200, "GET", "/api/destinations/all", ""); got != "{}" {
 		t.Errorf("deleted: got %s, want none", got)
 	}
+	stream := row("streams", "stream/test")
+	b.until(t, "Delete stream", part(stream, "delete")+".textContent")
+	b.tap(t, part(stream, "delete"))
+	b.until(t, "Really delete stream?", part(stream, "delete")+".textContent")
+	b.tap(t, part(stream, "delete"))
+	b.until(t, "null", stream)
 	b.quiet(t, "status of 400") // what a rule was refused with
 }
 

@@ -412,10 +412,10 @@ function destinationRate(id, bytes) {
 
 // deletes makes the button of a row delete what, at the second tap.
 function deletes(row, what, path) {
-  const button = part(row, 'delete');
+  const button = part(row, 'delete'), plain = button.textContent;
   const sure = (is) => {
     button.classList.toggle('sure', is);
-    text(button, is ? 'Really delete?' : 'Delete');
+    text(button, is ? `Really ${plain.toLowerCase()}?` : plain);
     label(row, 'delete', what);
   };
   sure(false);
