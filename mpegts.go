@@ -103,6 +103,31 @@ func pesStart(payload []byte) (streamID byte, size int, ok bool) {
 	return payload[3], size, true
 }
 
+// sectionStart reads the payload of a packet in which sections begin, and returns
+// how many bytes are to come of the last of them. ok is false where none begins.
+// What begins with zeros outside the association, whose table_id is 0, may be the
+// start code of a PES packet. ISO 13818-1 2.4.4.1.
+func sectionStart(payload []byte, isAssociation bool) (left int, ok bool) {
+	if len(payload) < 2 || len(payload) <= 1+int(payload[0]) {
+		return 0, false
+	}
+	if _, _, isPES := pesStart(payload); isPES || payload[0] == 0 && payload[1] == 0 && !isAssociation {
+		return 0, false
+	}
+	b := payload[1+int(payload[0]):]
+	for len(b) >= 3 && b[0] != 0xff { // 0xff: stuffing to the end
+		n := 3 + int(binary.BigEndian.Uint16(b[1:])&0x0fff)
+		if n > len(b) {
+			return n - len(b), true
+		}
+		b = b[n:]
+	}
+	if len(b) == 0 || b[0] == 0xff {
+		return 0, true
+	}
+	return maxSection, true // it does not say yet
+}
+
 // isVideoID reports whether a PES stream_id is one of video. ISO 13818-1 table 2-22.
 func isVideoID(streamID byte) bool { return streamID&0xf0 == 0xe0 }
 

@@ -314,9 +314,9 @@ const (
 type kindReader struct {
 	program *program
 	tracks  []pidKind
-	tables  uint64 // bit n: a section began last on PID n; bit mapBit: on that of the program map
-	stale   bool   // the program map is not what came last: nothing that begins is known
-	found   int    // index of the track that was looked up last
+	tables  [mapTable + 1]uint16 // by PID: bytes to come of the section in progress; at mapTable: on that of the program map
+	stale   bool                 // the program map is not what came last: nothing that begins is known
+	found   int                  // index of the track that was looked up last
 }
 
 // pidKind is a PID that a program map lists: the kind of its track, and that of
@@ -329,7 +329,7 @@ type pidKind struct {
 
 const (
 	tablePIDs = 0x20 // PIDs below are of PSI, and of the service information of DVB
-	mapBit    = 32
+	mapTable  = tablePIDs
 )
 
 // follow makes g the program of the packets to come.
@@ -426,28 +426,33 @@ func (r *kindReader) kind(p packet) trackKind {
 	return t.open
 }
 
-// unlisted returns the kind of a packet on a PID that is not that of a track.
+// unlisted returns the kind of a packet on a PID that is not that of a track: a
+// table has its sections there, and nothing beside them.
 func (r *kindReader) unlisted(p packet) trackKind {
-	pid, bit := p.pid(), uint64(1)<<(p.pid()%mapBit)
+	pid, at, payload := p.pid(), p.pid()%tablePIDs, p.payload()
 	isMap := r.program != nil && pid == r.program.pid && pid != patPID
 	switch {
-	case p.damaged() || p.scrambled() || pid >= tablePIDs && !isMap:
+	case p.damaged() || p.scrambled() || len(payload) == 0 || pid >= tablePIDs && !isMap:
 		return dataTrack
 	case isMap:
-		bit = 1 << mapBit
+		at = mapTable
 	}
-	if p.unitStart() {
-		r.tables |= bit
-		if _, _, isPES := pesStart(p.payload()); isPES {
-			r.tables &^= bit
-		} else if isMap {
-			r.stale = !r.program.matches(p.payload())
+	left := int(r.tables[at])
+	r.tables[at] = uint16(max(0, left-len(payload)))
+	if !p.unitStart() {
+		if left == 0 {
+			return dataTrack
 		}
-	}
-	if r.tables&bit != 0 {
 		return tableTrack
 	}
-	return dataTrack
+	rest, ok := sectionStart(payload, pid == patPID)
+	if r.tables[at] = uint16(rest); !ok || int(payload[0]) > left {
+		return dataTrack
+	}
+	if isMap {
+		r.stale = !r.program.matches(payload)
+	}
+	return tableTrack
 }
 
 // kindOfPES returns the kind of a PES packet on a PID whose track is listed as

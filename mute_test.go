@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"os/exec"
@@ -463,6 +464,275 @@ func TestMuteBacklog(t *testing.T) {
 			})
 		}
 	}
+}
+
+// soundMark is in each packet of sound of the tests below, so that it is found
+// whatever the packet says of itself.
+var soundMark = []byte("so this is sound")
+
+// marked returns the packets of a PES packet of sound, each with the mark.
+func (t *tsMaker) marked(pid uint16, id byte, pts ticks, size int) []byte {
+	b := t.packets(pes{pid: pid, id: id, pts: pts, size: size, length: true})
+	for p := b; len(p) > 0; p = p[packetSize:] {
+		payload := packet(p[:packetSize]).payload()
+		copy(payload[len(payload)-len(soundMark):], soundMark)
+	}
+	return b
+}
+
+// mapSection is the section of a program map of tracks, without its CRC.
+func mapSection(number, version byte, tracks ...track) []byte {
+	pmt := []byte{2, 0, 0, 0, number, 0xc1 | version<<1, 0, 0, 0xe1, 0x00, 0xf0, 0}
+	for _, k := range tracks {
+		pmt = append(pmt, k.streamType, 0xe0|byte(k.pid>>8), byte(k.pid), 0xf0, byte(len(k.descriptors)))
+		pmt = append(pmt, k.descriptors...)
+	}
+	return pmt
+}
+
+// association writes a PAT: the PID of each program's map.
+func (t *tsMaker) association(programs ...uint16) {
+	pat := []byte{0, 0, 0, 0, 1, 0xc1, 0, 0}
+	for i, pid := range programs {
+		pat = append(pat, 0, byte(i+1), 0xe0|byte(pid>>8), byte(pid))
+	}
+	t.section(patPID, pat...)
+}
+
+// TestMuteHidden: no packet of sound goes out while sound is muted, however its
+// program map, its PID and its headers lie, and the picture beside it does.
+func TestMuteHidden(t *testing.T) {
+	at := func(i int) ticks { return second * ticks(i+1) / 25 }
+	video, audio := track{0x100, typeMPEG1Video, nil}, track{0x101, typeMPEG1Audio, nil}
+	picture := func(ts *tsMaker, i int, pid uint16) {
+		ts.frame(pes{pid: pid, id: 0xe0, key: i%12 == 0, pts: at(i), size: 700})
+	}
+	plain := func(ts *tsMaker, i int) {
+		ts.association(testPMT)
+		ts.section(testPMT, mapSection(1, 0, video, audio)...)
+		picture(ts, i, 0x100)
+	}
+	sound := func(ts *tsMaker, i int, pid uint16, id byte) { ts.Write(ts.marked(pid, id, at(i), 500)) }
+	bare := func(ts *tsMaker, pid uint16) { // a packet of payload alone
+		p := append([]byte{0x47, byte(pid >> 8), byte(pid), 0x10 | ts.counter(pid)}, bytes.Repeat(soundMark, 12)...)
+		ts.Write(p[:packetSize])
+	}
+	const muted = 24 // the frame with which the mute begins
+	swapped := []track{{0x101, typeMPEG1Video, nil}, {0x100, typeMPEG1Audio, nil}}
+	rows := []struct {
+		name  string
+		write func(ts *tsMaker, i int)
+	}{
+		{"as listed", func(ts *tsMaker, i int) { plain(ts, i); sound(ts, i, 0x101, 0xc0) }},
+		{"on the PID of the picture", func(ts *tsMaker, i int) { plain(ts, i); sound(ts, i, 0x100, 0xc0) }},
+		{"private data on the PID of the picture", func(ts *tsMaker, i int) { plain(ts, i); sound(ts, i, 0x100, 0xbd) }},
+		{"PIDs swapped while muted", func(ts *tsMaker, i int) {
+			if i < muted+3 {
+				plain(ts, i)
+				sound(ts, i, 0x101, 0xc0)
+				return
+			}
+			ts.association(testPMT)
+			ts.section(testPMT, mapSection(1, 1, swapped...)...)
+			picture(ts, i, 0x101)
+			sound(ts, i, 0x100, 0xc0)
+		}},
+		{"PIDs swapped, same version", func(ts *tsMaker, i int) {
+			if i < muted+3 {
+				plain(ts, i)
+				sound(ts, i, 0x101, 0xc0)
+				return
+			}
+			ts.association(testPMT)
+			ts.section(testPMT, mapSection(1, 0, swapped...)...)
+			picture(ts, i, 0x101)
+			sound(ts, i, 0x100, 0xc0)
+		}},
+		{"a map with a wrong CRC that calls sound picture", func(ts *tsMaker, i int) {
+			plain(ts, i)
+			b := mapSection(1, 1, video, track{0x101, typeH264, nil})
+			ts.section(testPMT, b...)
+			ts.Bytes()[ts.Len()-packetSize+5+len(b)] ^= 0xff
+			sound(ts, i, 0x101, 0xc0)
+		}},
+		{"a map for later", func(ts *tsMaker, i int) {
+			plain(ts, i)
+			b := mapSection(1, 1, video, track{0x101, typeH264, nil})
+			b[5] &^= 1
+			ts.section(testPMT, b...)
+			sound(ts, i, 0x101, 0xc0)
+		}},
+		{"another program", func(ts *tsMaker, i int) {
+			ts.association(testPMT, 0x1100)
+			ts.section(testPMT, mapSection(1, 0, video)...)
+			ts.section(0x1100, mapSection(2, 0, track{0x101, typeMPEG1Audio, nil})...)
+			picture(ts, i, 0x100)
+			sound(ts, i, 0x101, 0xc0)
+		}},
+		{"another program that lists it as picture", func(ts *tsMaker, i int) {
+			ts.association(testPMT, 0x1100)
+			ts.section(testPMT, mapSection(1, 0, video)...)
+			ts.section(0x1100, mapSection(2, 0, track{0x101, typeMPEG1Video, nil})...)
+			picture(ts, i, 0x100)
+			sound(ts, i, 0x101, 0xc0)
+		}},
+		{"no program map", func(ts *tsMaker, i int) { plain(ts, i); sound(ts, i, 0x123, 0xc0) }},
+		{"on the PID of the map", func(ts *tsMaker, i int) { plain(ts, i); sound(ts, i, testPMT, 0xc0) }},
+		{"on the PID of the association", func(ts *tsMaker, i int) { plain(ts, i); sound(ts, i, patPID, 0xc0) }},
+		{"on a PID of DVB", func(ts *tsMaker, i int) { plain(ts, i); sound(ts, i, 0x11, 0xc0) }},
+		{"on the PID of null packets", func(ts *tsMaker, i int) { plain(ts, i); sound(ts, i, nullPID, 0xc0) }},
+		{"around a map", func(ts *tsMaker, i int) {
+			ts.association(testPMT)
+			b := ts.marked(testPMT, 0xc0, at(i), 700)
+			ts.Write(b[:packetSize])
+			ts.section(testPMT, mapSection(1, 0, video, audio)...)
+			ts.Write(b[packetSize:])
+			picture(ts, i, 0x100)
+		}},
+		{"after a table of DVB", func(ts *tsMaker, i int) {
+			plain(ts, i)
+			ts.section(0x11, 0x42, 0, 0, 0, 1, 0xc1, 0, 0, 0, 1, 0xff)
+			bare(ts, 0x11)
+			bare(ts, 0x11)
+		}},
+		{"after an association", func(ts *tsMaker, i int) { plain(ts, i); bare(ts, patPID); bare(ts, patPID) }},
+		{"packets that no PES packet begins", func(ts *tsMaker, i int) { plain(ts, i); bare(ts, 0x101); bare(ts, 0x101) }},
+		{"a start of two bytes on the PID of the picture", func(ts *tsMaker, i int) {
+			plain(ts, i)
+			ts.Write(shortStart(ts.marked(0x100, 0xc0, at(i), 500)))
+		}},
+		{"a start of two bytes on a PID of DVB", func(ts *tsMaker, i int) {
+			plain(ts, i)
+			ts.Write(shortStart(ts.marked(0x11, 0xc0, at(i), 500)))
+		}},
+		{"scrambled on the PID of the picture", func(ts *tsMaker, i int) {
+			plain(ts, i)
+			b := ts.marked(0x100, 0xe0, at(i), 500)
+			for p := b; len(p) > 0; p = p[packetSize:] {
+				p[3] |= 0x80
+			}
+			ts.Write(b)
+		}},
+		{"damaged on the PID of the picture", func(ts *tsMaker, i int) {
+			plain(ts, i)
+			b := ts.marked(0x100, 0xe0, at(i), 500)
+			for p := b; len(p) > 0; p = p[packetSize:] {
+				p[1] |= 0x80
+			}
+			ts.Write(b)
+		}},
+		{"a map of two packets", func(ts *tsMaker, i int) {
+			ts.association(testPMT)
+			tracks := []track{video, audio}
+			if i >= muted+3 {
+				tracks = slices.Clone(swapped)
+			}
+			tracks[1].descriptors = append([]byte{0xe0, 200}, make([]byte, 200)...)
+			b := mapSection(1, 0, tracks...)
+			binary.BigEndian.PutUint16(b[1:], 0xb000|uint16(len(b)+1))
+			b = binary.BigEndian.AppendUint32(b, crc32MPEG(b))
+			ts.Write(slices.Concat([]byte{0x47, 0x40 | testPMT>>8, testPMT & 0xff, 0x10 | ts.counter(testPMT), 0}, b[:183]))
+			if i%2 == 1 {
+				picture(ts, i, tracks[0].pid)
+			}
+			rest := slices.Concat([]byte{0x47, testPMT >> 8, testPMT & 0xff, 0x10 | ts.counter(testPMT)}, b[183:])
+			ts.Write(append(rest, bytes.Repeat([]byte{0xff}, packetSize-len(rest))...))
+			if i%2 == 0 {
+				picture(ts, i, tracks[0].pid)
+			}
+			sound(ts, i, tracks[1].pid, 0xc0)
+		}},
+		{"two maps in a packet", func(ts *tsMaker, i int) {
+			ts.association(testPMT, testPMT)
+			tracks := []track{video, audio}
+			if i >= muted+3 {
+				tracks = swapped
+			}
+			other := mapSection(2, 0, track{0x200, typeMPEG1Video, nil})
+			ours := mapSection(1, 0, tracks...)
+			var all []byte
+			for _, b := range [][]byte{other, ours} {
+				binary.BigEndian.PutUint16(b[1:], 0xb000|uint16(len(b)+1))
+				all = append(all, binary.BigEndian.AppendUint32(b, crc32MPEG(b))...)
+			}
+			p := slices.Concat([]byte{0x47, 0x40 | testPMT>>8, testPMT & 0xff, 0x10 | ts.counter(testPMT), 0}, all)
+			ts.Write(append(p, bytes.Repeat([]byte{0xff}, packetSize-len(p))...))
+			picture(ts, i, tracks[0].pid)
+			sound(ts, i, tracks[1].pid, 0xc0)
+		}},
+	}
+	for _, row := range rows {
+		for _, part := range []int{1 << 20, 1000} {
+			got := playMuted(t, part, muted, row.write)
+			for _, to := range []string{"feed", "stream"} {
+				b := got[to]
+				if n := bytes.Count(b, soundMark); n > 0 {
+					t.Errorf("%s, in reads of %d: %d packets of sound on the %s while it is muted", row.name, part, n, to)
+				}
+				pictures := 0
+				for p := range slices.Chunk(b, packetSize) {
+					if id, _, ok := pesStart(packet(p).payload()); ok && isVideoID(id) {
+						pictures++
+					}
+				}
+				if pictures < 23 { // one may come before its map is whole
+					t.Errorf("%s, in reads of %d: got %d pictures on the %s while the sound is muted, want 23 at least", row.name, part, pictures, to)
+				}
+			}
+		}
+	}
+}
+
+// playMuted posts 24 frames more than muted, in parts of a size, mutes the sound
+// before frame muted, and returns what a feed and a stream sent from there on.
+func playMuted(t *testing.T, part, muted int, write func(ts *tsMaker, i int)) map[string][]byte {
+	got := make(map[string][]byte)
+	synctest.Test(t, func(t *testing.T) {
+		x := newMux()
+		x.setStream("stream/x", []string{"f"}, true)
+		readers := map[string]*bench{"f": {mux: x, t: t}, "stream/x": {mux: x, t: t}}
+		for name, r := range readers {
+			r.sub = newSubscriber(raw, time.Minute, nil)
+			x.join(name, r.sub)
+		}
+		body, in := io.Pipe()
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			x.publish("f", &publisher{interrupt: func() { body.Close() }}, body)
+		}()
+		var ts tsMaker
+		for i := range muted + 24 {
+			if i == muted {
+				x.setMute(muteSound)
+				clear(got)
+			}
+			ts.Reset()
+			write(&ts, i)
+			for b := range slices.Chunk(ts.Bytes(), part) {
+				in.Write(b)
+			}
+			synctest.Wait()
+			time.Sleep(40 * time.Millisecond)
+			got["feed"] = append(got["feed"], readers["f"].got()...)
+			got["stream"] = append(got["stream"], readers["stream/x"].got()...)
+		}
+		in.Close()
+		<-done
+	})
+	return got
+}
+
+// shortStart leaves of the first of the packets of a PES packet two bytes, which are
+// the zeros of its start code.
+func shortStart(b []byte) []byte {
+	b = slices.Clone(b)
+	p := b[:packetSize]
+	p[3] |= 0x20
+	p[4], p[5] = packetSize-5-2, 0
+	copy(p[6:], bytes.Repeat([]byte{0xff}, packetSize-6-2))
+	p[packetSize-2], p[packetSize-1] = 0, 0
+	return b
 }
 
 // TestMuteCodecs is TestMuteKinds with what ffmpeg makes: a picture and a sound
