@@ -271,9 +271,10 @@ func (c clip) film(ctx context.Context, x *mux, name string, tasks *sync.WaitGro
 
 // decodes fails the test unless ffmpeg decodes every track of a file without a
 // complaint.
-func decodes(t *testing.T, name string) {
+func decodes(t *testing.T, name string, options ...string) {
 	t.Helper()
-	out, err := exec.Command(needs(t, "ffmpeg"), "-nostdin", "-v", "error", "-i", name, "-map", "0", "-f", "null", "-").CombinedOutput()
+	args := slices.Concat([]string{"-nostdin", "-v", "error", "-i", name, "-map", "0"}, options, []string{"-f", "null", "-"})
+	out, err := exec.Command(needs(t, "ffmpeg"), args...).CombinedOutput()
 	if err != nil || len(out) > 0 {
 		t.Errorf("ffmpeg decodes %s with %v and says %.2000q, want nothing", name, err, out)
 	}
