@@ -159,8 +159,7 @@ func (l *link) deliver(ctx context.Context, x *mux, name string, s *subscriber, 
 func (l *link) Read(p []byte) (int, error) {
 	for {
 		if l.silence > 0 {
-			l.lookAlive()
-			l.SetReadDeadline(l.looked.Add(lookEvery))
+			l.SetReadDeadline(l.lookAlive())
 		}
 		n, err := l.Conn.Read(p)
 		if n > 0 {
@@ -183,22 +182,32 @@ func (l *link) Read(p []byte) (int, error) {
 // lookAlive takes it for a sign of life that the other side acknowledges what it is
 // sent, while there is more than it takes: it may be too slow to come to our pings.
 // Where it takes everything at once it must answer them: something on the way may
-// take what it does not pass on.
-func (l *link) lookAlive() {
+// take what it does not pass on. It returns when to look again: not while pings are
+// answered, since that would wake each link for nothing.
+func (l *link) lookAlive() time.Time {
 	now := time.Now()
-	if now.Sub(l.looked) < lookEvery {
-		return
+	if next := l.alive.Add(quietAfter); now.Before(next) {
+		l.looked = time.Time{}
+		return next
+	}
+	if next := l.looked.Add(lookEvery); now.Before(next) {
+		return next
+	}
+	moved := l.progress()
+	if l.looked.IsZero() {
+		l.moved, l.pressed = moved, 0
 	}
 	l.looked = now
 	if l.pressed++; l.wire.known() && l.wire.unsent() == 0 {
 		l.pressed = 0
 	}
-	if moved := l.progress(); moved != l.moved {
+	if moved != l.moved {
 		l.moved = moved
 		if !l.wire.known() || l.pressed >= pressedLooks {
 			l.alive = now
 		}
 	}
+	return now.Add(lookEvery)
 }
 
 // progress returns a number that changes when the other side takes something.

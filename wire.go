@@ -12,12 +12,14 @@ import (
 )
 
 const (
-	lookEvery    = 250 * time.Millisecond // for signs of life
-	pressedLooks = 3                      // in a row: not only a keyframe that is on its way
-	maxBatch     = 64 << 10               // bytes in one writev
-	maxRecord    = 16 << 10               // bytes in one TLS record. RFC 8446 5.1
+	quietAfter   = pingEvery + lookEvery*2 // without a pong, other signs of life are looked for
+	lookEvery    = 250 * time.Millisecond
+	pressedLooks = 3        // in a row: not only a keyframe that is on its way
+	maxBatch     = 64 << 10 // bytes in one writev
+	maxRecord    = 16 << 10 // bytes in one TLS record. RFC 8446 5.1
 
-	paceEvery = 20 * time.Millisecond // for how fast bytes go
+	paceEvery = 20 * time.Millisecond  // for how fast bytes go
+	calmEvery = 100 * time.Millisecond // while that does not matter
 )
 
 // wire is a TCP connection as the kernel sees it; of the zero value nothing is
