@@ -1,7 +1,9 @@
 // A link: one connection to one reader, and its only writer (I4).
 //
 // One goroutine owns a connection's writes, the send loop, and one its reads;
-// what the reader answers is queued for the send loop.
+// what the reader answers is queued for the send loop. While that has nothing to
+// write and the link is fast, it lets publishers write a message that comes
+// alone: still one writer at a time (I4).
 
 package main
 
@@ -61,6 +63,8 @@ type link struct {
 	wake    func()      // makes the send loop look at them
 
 	wire    wire          // below Conn
+	direct  *directWriter // for publishers; nil: none
+	maxAge  time.Duration // of what is queued
 	written atomic.Uint64 // bytes of unfinished messages that the kernel took: progress where the wire tells of none
 
 	// owned by the goroutine that reads
@@ -73,7 +77,7 @@ type link struct {
 	ping      atomic.Pointer[sentPing] // that waits for its pong; nil: none
 	roundTrip atomic.Int64             // nanoseconds that the last one took; 0: not known
 
-	// owned by the send loop
+	// owned by the send loop, and pace, while they may write, by publishers
 	iov     [][]byte
 	vec     net.Buffers
 	buf     []byte    // one TLS record
@@ -100,6 +104,9 @@ func newLink(conn net.Conn, in *inbox, log *slog.Logger) *link {
 	}
 	_, secure := conn.(*tls.Conn)
 	l.resumes, l.pings, l.out = !secure, pingEvery, bare
+	if l.resumes {
+		l.direct = newDirectWriter(l.wire)
+	}
 	if in.from == bare { // a server
 		l.out, l.silence = masked, maxSilence
 	}
@@ -129,6 +136,7 @@ func (l *link) subscribe(maxAge time.Duration) *subscriber {
 	if l.resumes {
 		interrupt = func() { l.SetWriteDeadline(past) }
 	}
+	l.maxAge = maxAge
 	s := newSubscriber(l.out, maxAge, interrupt)
 	l.wake = s.wake
 	return s
@@ -300,11 +308,13 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 		l.SetWriteDeadline(past)
 		s.wake()
 	})()
+	defer s.letWrite(nil)
 	pinged := time.Now()
 	ping := time.AfterFunc(l.pings, s.wake)
 	defer ping.Stop()
 	for {
 		<-s.wakeups()
+		s.letWrite(nil)
 		now := time.Now()
 		var frame []byte // one a turn: who pings us by the thousand does not hold up the media
 		if l.pings > 0 && now.Sub(pinged) >= l.pings {
@@ -327,6 +337,9 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 		}
 		if err := l.sendBatch(ctx, s, now); err != nil {
 			return err
+		}
+		if l.direct != nil {
+			s.letWrite(l.writeNow)
 		}
 	}
 }
@@ -449,11 +462,25 @@ func (l *link) patience() time.Duration {
 // lateness returns how much later than now what s holds would arrive, if it were
 // written now.
 func (l *link) lateness(s *subscriber, now time.Time) time.Duration {
-	l.pace.look(l.wire, now)
-	if l.pace.delay == 0 && l.pace.time(messageLimit) < s.maxAge/2 {
-		return 0 // whatever is next does not take long
+	if l.isFast(now) {
+		return 0
 	}
 	return l.pace.lateness(s.nextSize(), s.maxAge)
+}
+
+// isFast reports whether whatever is written next does not take long.
+func (l *link) isFast(now time.Time) bool {
+	l.pace.look(l.wire, now)
+	return l.pace.delay == 0 && l.pace.time(messageLimit) < l.maxAge/2
+}
+
+// writeNow writes for a publisher what the connection takes of b at once, and
+// returns how many bytes that is.
+func (l *link) writeNow(b []byte, now time.Time) int {
+	if !l.isFast(now) {
+		return 0
+	}
+	return l.direct.write(b)
 }
 
 // batch returns the most bytes in one write: less where these would take long.

@@ -45,6 +45,18 @@ func queued(c syscall.RawConn, what uintptr) int {
 	return int(n)
 }
 
+const canSendNow = true
+
+// sendNow writes what a socket that does not block takes of b, and returns how many
+// bytes that is.
+func sendNow(fd int, b []byte) int {
+	n, err := syscall.Write(fd, b)
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
 // tcpInfo returns what the kernel knows of a connection: how many bytes of it are
 // acknowledged, its least round trip lately, and how many bytes a second went while
 // there were enough of them. ok is false if it does not tell. linux/tcp.h

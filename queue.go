@@ -2,7 +2,9 @@
 // its gate, its bounds and its counters (I5, I7).
 //
 // Publishers offer messages, rule changes remove and drain, and the reader's one
-// goroutine takes what is queued. Nothing here blocks or does I/O (I2).
+// goroutine takes what is queued. Nothing here waits (I2): a publisher may write
+// to a connection, but only what that takes at once, and only while the reader's
+// goroutine has nothing to write (I4).
 
 package main
 
@@ -190,6 +192,7 @@ type subscriber struct {
 	ready     chan struct{} // holds a token when there is something to take
 
 	mu       sync.Mutex
+	writeNow func(b []byte, now time.Time) int // what publishers write with, under mu; nil: they may not
 	items    []item
 	bytes    int              // payload in items
 	begun    int              // bytes of items[0] that are written
@@ -295,7 +298,29 @@ func (s *subscriber) offer(m *message) {
 	}
 	s.push(passed)
 	s.trim(m.at)
-	s.wake()
+	if !s.writeAlone(m.at) {
+		s.wake()
+	}
+}
+
+// writeAlone writes the one message that is queued, as far as the connection
+// takes it at once, and reports whether that was all of it. To wake the reader's
+// goroutine for it would cost as much as the write.
+func (s *subscriber) writeAlone(now time.Time) bool {
+	if s.writeNow == nil || len(s.items) != 1 || s.begun > 0 || s.lagged > 0 {
+		return false
+	}
+	s.inFlight = 1
+	s.finishWrite(s.writeNow(s.items[0].wire(s.form), now))
+	return len(s.items) == 0
+}
+
+// letWrite lets publishers write with f what comes while nothing is queued, until
+// it is called with nil; once that returns, none does.
+func (s *subscriber) letWrite(f func(b []byte, now time.Time) int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.writeNow = f
 }
 
 // pass returns the message to queue for m, or nil if its feed's gate is closed
@@ -480,6 +505,21 @@ func (s *subscriber) nextSize() int {
 func (s *subscriber) wrote(n int) progress {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.finishWrite(n)
+	p := progress{stopped: s.stopped, partial: s.begun > 0}
+	s.stopped = false
+	if len(s.items) == 0 {
+		p.lagged, s.lagged = s.lagged, 0
+	}
+	if len(s.items) > 0 || s.draining {
+		s.wake()
+	}
+	return p
+}
+
+// finishWrite takes out of the queue what the n bytes that were written of the
+// items in flight complete; mu is held.
+func (s *subscriber) finishWrite(n int) {
 	n += s.begun
 	done := 0
 	for _, it := range s.items[:s.inFlight] {
@@ -515,15 +555,6 @@ func (s *subscriber) wrote(n int) progress {
 		})
 		s.releaseWaiters()
 	}
-	p := progress{stopped: s.stopped, partial: s.begun > 0}
-	s.stopped = false
-	if len(s.items) == 0 {
-		p.lagged, s.lagged = s.lagged, 0
-	}
-	if len(s.items) > 0 || s.draining {
-		s.wake()
-	}
-	return p
 }
 
 // removeFeed drops what is queued of a feed, and interrupts the write in

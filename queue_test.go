@@ -337,3 +337,55 @@ func TestOpeningMessage(t *testing.T) {
 		}
 	}
 }
+
+// TestWriteAlone holds I4 where publishers write: only what comes alone, only while
+// they may, and what the connection did not take is left to the reader's goroutine.
+func TestWriteAlone(t *testing.T) {
+	at := time.Now()
+	for _, tt := range []struct {
+		name    string
+		takes   int // bytes that the connection takes at once; -1: publishers may not write
+		queued  bool
+		written int // bytes that a publisher wrote
+		left    int // bytes that are left to the reader's goroutine
+	}{
+		{"all of it", 200, false, 188, 0},
+		{"a part", 100, false, 100, 88},
+		{"nothing", 0, false, 0, 188},
+		{"it may not", -1, false, 0, 188},
+		{"something is queued", 200, true, 0, 376},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newSubscriber(raw, time.Second, nil)
+			written := 0
+			if tt.queued {
+				s.offer(testMessage("video0", at, true, 188))
+				<-s.wakeups()
+			}
+			if tt.takes >= 0 {
+				s.letWrite(func(b []byte, _ time.Time) int {
+					n := min(tt.takes, len(b))
+					written += n
+					return n
+				})
+			}
+			s.offer(testMessage("video0", at, true, 188))
+			s.letWrite(nil)
+			if written != tt.written {
+				t.Errorf("a publisher wrote %d bytes, want %d", written, tt.written)
+			}
+			woken := len(s.wakeups()) > 0
+			left := 0
+			for _, b := range s.take(nil, 1000, false, at) {
+				left += len(b)
+			}
+			if left != tt.left || woken != (left > 0) {
+				t.Errorf("%d bytes are left, and the reader is woken: %v; want %d", left, woken, tt.left)
+			}
+			s.wrote(left)
+			if c := sum(t, s); c.dropped != [causes]uint64{} || len(s.items) > 0 {
+				t.Errorf("got %+v and %d messages left", c, len(s.items))
+			}
+		})
+	}
+}

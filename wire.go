@@ -68,6 +68,34 @@ func (w wire) unacked() int {
 	return unacked(w.conn)
 }
 
+// directWriter writes to a connection without waiting. One goroutine at a time
+// uses it.
+type directWriter struct {
+	conn syscall.RawConn
+	b    []byte
+	n    int
+	send func(fd uintptr) // sets n; made once, since a call must allocate nothing
+}
+
+// newDirectWriter returns nil where the system cannot do that.
+func newDirectWriter(w wire) *directWriter {
+	if w.conn == nil || !canSendNow {
+		return nil
+	}
+	d := &directWriter{conn: w.conn}
+	d.send = func(fd uintptr) { d.n = sendNow(int(fd), d.b) }
+	return d
+}
+
+// write returns how many bytes of b the kernel took at once. It tells of no error:
+// the next write that waits meets it.
+func (d *directWriter) write(b []byte) int {
+	d.b, d.n = b, 0
+	d.conn.Control(d.send)
+	d.b = nil
+	return d.n
+}
+
 // pace estimates how late what is written now will arrive: after all that the
 // kernel holds already. The zero value is ready for use.
 type pace struct {
@@ -79,14 +107,18 @@ type pace struct {
 
 // look updates the estimate.
 func (c *pace) look(w wire, now time.Time) {
-	if since := now.Sub(c.looked); since >= paceEvery {
+	if since := now.Sub(c.looked); since >= paceEvery && (c.rate == 0 || c.delay > 0 || c.matters() || since >= calmEvery) {
 		c.looked = now
 		c.lookAtRate(w, since)
 	}
-	if c.delay = 0; c.time(maxBatch) > paceEvery/2 { // else it does not matter
+	if c.delay = 0; c.matters() {
 		c.delay = max(0, c.time(w.unacked())-c.minRTT)
 	}
 }
+
+// matters reports whether the link is so slow that what waits on it makes video
+// older.
+func (c *pace) matters() bool { return c.time(maxBatch) > paceEvery/2 }
 
 // lookAtRate updates the rate, which was last looked at so long ago.
 func (c *pace) lookAtRate(w wire, since time.Duration) {
