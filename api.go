@@ -321,8 +321,7 @@ func (s *server) getEvents(w http.ResponseWriter, r *http.Request) {
 	defer leave()
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("Cache-Control", "no-store")
-	w.Header().Set("X-Accel-Buffering", "no")      // nginx would wait for more
-	w.Header().Set("Content-Encoding", "identity") // a proxy that compresses would hold back what it has
+	setLive(w.Header())
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	if r.Method == http.MethodHead {
 		return

@@ -109,8 +109,6 @@ type pes struct {
 	length bool // PES_packet_length tells it
 }
 
-var nullPacket = append([]byte{0x47, 0x1f, 0xff, 0x10}, make([]byte, packetSize-4)...)
-
 // testClip is n frames of video at 25/s, keyframes every 12 with PSI before.
 func testClip(n, size int) []byte {
 	var t tsMaker

@@ -52,11 +52,12 @@ type link struct {
 
 	// static after construction
 	log     *slog.Logger
-	in      *inbox       // what the other side sends; nil if the link only sends
-	out     form         // of the frames that it sends
-	tcp     *net.TCPConn // below Conn; nil if there is none
-	resumes bool         // a write that a deadline ends can go on: TCP, but not TLS
-	pings   time.Duration
+	in      *inbox        // what the other side sends; nil if the link only sends
+	out     form          // of the frames that it sends
+	tcp     *net.TCPConn  // below Conn; nil if there is none
+	resumes bool          // a write that a deadline ends can go on: TCP, but not TLS
+	pings   time.Duration // how often the other side, and proxies on the way, get a sign of life; 0: never
+	refresh func() bool   // sends what a stream can send without media, or reports false; nil but on GET /ts
 	silence time.Duration // the longest time between two reads; 0: any
 
 	control chan []byte // frames that go between two messages
@@ -78,6 +79,7 @@ type link struct {
 	roundTrip atomic.Int64             // nanoseconds that the last one took; 0: not known
 
 	// owned by the send loop, and pace, while they may write, by publishers
+	sent    time.Time // when media was last written
 	iov     [][]byte
 	vec     net.Buffers
 	buf     []byte    // one TLS record
@@ -150,6 +152,7 @@ func (l *link) deliver(ctx context.Context, x *mux, name string, s *subscriber, 
 	x.join(name, s)
 	var err error
 	if l.in == nil {
+		l.pings, l.refresh = pingEvery, func() bool { return x.refresh(name) }
 		err = l.send(ctx, s)
 	} else {
 		read := l.discard
@@ -318,7 +321,7 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 		now := time.Now()
 		var frame []byte // one a turn: who pings us by the thousand does not hold up the media
 		if l.pings > 0 && now.Sub(pinged) >= l.pings {
-			frame = appendFrame(nil, opPing, l.newPing(now), l.out)
+			frame = l.signOfLife(now)
 			pinged = now
 			ping.Reset(l.pings)
 			s.wake() // there may be others
@@ -342,6 +345,18 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 			s.letWrite(l.writeNow)
 		}
 	}
+}
+
+// signOfLife returns a ping, or what a reader of GET /ts gets while nothing flows,
+// lest a proxy cuts it off; nil if nothing is to be written.
+func (l *link) signOfLife(now time.Time) []byte {
+	switch {
+	case l.in != nil:
+		return appendFrame(nil, opPing, l.newPing(now), l.out)
+	case now.Sub(l.sent) < l.pings/2, l.refresh():
+		return nil
+	}
+	return nullPacket
 }
 
 // newPing returns the payload of a ping that can be told from others, or of the
@@ -435,7 +450,7 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber, start time.Time) er
 		}
 		switch {
 		case err == nil || n > 0:
-			l.stalled = time.Time{}
+			l.stalled, l.sent = time.Time{}, start
 			if p.partial {
 				l.written.Add(uint64(n))
 			}

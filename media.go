@@ -192,6 +192,7 @@ func (m *media) getTS(w http.ResponseWriter, r *http.Request) {
 	defer leave()
 	w.Header().Set("Content-Type", "video/mp2t")
 	w.Header().Set("Cache-Control", "no-store")
+	setLive(w.Header())
 	w.WriteHeader(http.StatusOK)
 	if r.Method == http.MethodHead {
 		return
@@ -206,6 +207,12 @@ func (m *media) getTS(w http.ResponseWriter, r *http.Request) {
 	sub.wantReplay()
 	_, err = l.deliver(ctx, m.mux, name, sub, nil)
 	l.log.Info("reader left", "err", err)
+}
+
+// setLive makes proxies pass each part of an answer on as it comes.
+func setLive(h http.Header) {
+	h.Set("X-Accel-Buffering", "no")      // nginx would wait for more
+	h.Set("Content-Encoding", "identity") // a proxy that compresses would hold back what it has
 }
 
 // response lets a link write to a GET: its Write is not done before the bytes

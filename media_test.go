@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,8 @@ import (
 	"net/http/httptest"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -220,6 +223,102 @@ func TestInOut(t *testing.T) {
 	call("DELETE /api/destinations/1")
 }
 
+// TestSilence: while nothing flows, a reader on /ts gets what keeps its connection
+// open: null packets of a feed, the program map and a PCR of a stream. A player
+// notices nothing, and what is muted stays so.
+func TestSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newTestServer(t, "")
+		ask(s, `POST /api/streams {"stream":"stream/x","feeds":["video0"]}`)
+		ctx, cancel := context.WithCancel(t.Context())
+		var tasks sync.WaitGroup
+		read := func(name string) *logBuffer {
+			got := &logBuffer{}
+			tasks.Go(func() {
+				r := httptest.NewRequest("GET", "/ts/"+name, nil).WithContext(ctx)
+				r.RemoteAddr, r.Host = "127.0.0.1:50000", "localhost"
+				s.ServeHTTP(&pipeWriter{got}, r)
+			})
+			return got
+		}
+		feed, stream, nobody := read("video0"), read("stream/x"), read("stream/nobody")
+		body, in := io.Pipe()
+		tasks.Go(func() { s.commands.rules.mux.publish("video0", &publisher{interrupt: func() {}}, body) })
+		camera, posted := newCamera(), []byte(nil)
+		var longest atomic.Int64
+		film := func(d time.Duration) {
+			for range d / (40 * time.Millisecond) {
+				b := camera.next()
+				posted = append(posted, b...)
+				in.Write(b)
+				time.Sleep(40 * time.Millisecond)
+			}
+		}
+		silence := func(d time.Duration, readers ...*logBuffer) {
+			for _, r := range readers {
+				tasks.Go(func() {
+					for last, end := time.Now(), time.After(d); ; last = time.Now() {
+						ended := false
+						select {
+						case <-r.changed():
+						case <-end:
+							ended = true
+						}
+						if pause := int64(time.Since(last)); pause > longest.Load() {
+							longest.Store(pause)
+						}
+						if ended {
+							return
+						}
+					}
+				})
+			}
+			time.Sleep(d)
+			synctest.Wait()
+		}
+		silence(20*time.Second, feed, nobody)
+		film(2 * time.Second)
+		silence(20*time.Second, feed, stream)
+		film(2 * time.Second)
+		ask(s, `PUT /api/mute {"audio":true,"video":true}`)
+		muted := len(posted)
+		silence(20*time.Second, feed, stream)
+		tasks.Go(func() { silence(10*time.Second, feed) })
+		film(10 * time.Second)
+		in.Close()
+		cancel()
+		tasks.Wait()
+		if pause, most := time.Duration(longest.Load()), pingEvery*3/2; pause > most {
+			t.Errorf("nothing came for %v, want %v at most", pause, most)
+		}
+		withoutNull := func(b string) (rest []byte) {
+			for p := range slices.Chunk([]byte(b), packetSize) {
+				if !bytes.Equal(p, nullPacket) {
+					rest = append(rest, p...)
+				}
+			}
+			return rest
+		}
+		got := withoutNull(feed.String())
+		if len(got) < muted || !bytes.Equal(got[:muted], posted[:muted]) {
+			t.Fatalf("got %d bytes that are not those of the feed's %d before the mute", len(got), muted)
+		}
+		for p := range slices.Chunk(got[muted:], packetSize) {
+			if _, _, ok := pesStart(packet(p).payload()); ok {
+				t.Fatalf("got %x while all was muted", p)
+			}
+		}
+		if got := nobody.String(); len(got) < 10*packetSize || strings.Trim(got, string(nullPacket)) != "" {
+			t.Errorf("nobody's stream: got %x", got)
+		}
+		check := newTSCheck()
+		check.read(withoutNull(stream.String()))
+		if len(check.problems) > 0 || len(check.pts) != 1 {
+			t.Errorf("the stream has %d PIDs of pictures, and the problems %q", len(check.pts), check.problems)
+		}
+	})
+}
+
 // TestWebsocketBody: a close frame after a whole message ends a publisher's last
 // frame, as a body's end does; the end of the connection does not.
 func TestWebsocketBody(t *testing.T) {
@@ -320,4 +419,120 @@ func TestOutTakesNoMedia(t *testing.T) {
 	}
 	status, out := runCheck(t, u.String())
 	checkOutput(t, status, out, "send", "an address to watch, such as /out/…, takes none")
+}
+
+// TestE2EProxiedReaders: proxies that cut off who is silent for 5 s, and compress,
+// let the events and the readers of a silent camera through; haproxy's own check
+// finds vw up.
+func TestE2EProxiedReaders(t *testing.T) {
+	t.Parallel()
+	v := startVW(t, "VW_TOKEN="+secretToken)
+	v.call(t, http.StatusOK, "POST", "/api/streams", `{"stream":"stream/front","feeds":["video0"]}`)
+	proxies := map[string]string{
+		"nginx": startNginxWith(t, "", fmt.Sprintf(`
+			gzip on; gzip_types *; gzip_proxied any; gzip_min_length 1;
+			proxy_read_timeout 5s; send_timeout 5s;
+			location / { proxy_pass http://%[1]s; }
+			location /out/ {
+				proxy_pass http://%[1]s;
+				proxy_http_version 1.1;
+				proxy_set_header Host $http_host;
+				proxy_set_header X-Forwarded-For $remote_addr;
+				proxy_set_header Upgrade $http_upgrade;
+				proxy_set_header Connection "upgrade";
+			}`, v.addr)),
+		"haproxy": startHAProxyWith(t, "5s", "\n\toption forwardfor\n\tcompression algo gzip\n\tcompression type text/event-stream video/mp2t",
+			"option httpchk\n\tserver vw "+v.addr+" check inter 200ms fall 1 rise 1"),
+		"caddy": startCaddyWith(t, "http", "encode {\n gzip\n match {\n header Content-Type *\n }\n }",
+			"reverse_proxy "+v.addr+" {\n transport http {\n read_timeout 5s\n }\n }"),
+	}
+	camera, p := newCamera(), startPost(t, v.addr, "video0")
+	film := func() {
+		for range 25 {
+			p.write(t, camera.next())
+			time.Sleep(40 * time.Millisecond)
+		}
+	}
+	film()
+	type reader struct {
+		name string
+		got  atomic.Int64
+	}
+	var readers []*reader
+	var reading sync.WaitGroup
+	t.Cleanup(reading.Wait)
+	for proxy, addr := range proxies {
+		for _, path := range []string{"/api/events", "/ts/video0", "/ts/stream/front", "/out/stream/front"} {
+			body := openReader(t, addr, path)
+			r := &reader{name: path + " by " + proxy}
+			readers = append(readers, r)
+			reading.Go(func() {
+				buf := make([]byte, 1<<16)
+				for {
+					n, err := body.Read(buf)
+					if r.got.Add(int64(n)); err != nil {
+						return
+					}
+				}
+			})
+		}
+	}
+	const idle = 8 * time.Second
+	time.Sleep(idle)
+	before := make([]int64, len(readers))
+	for i, r := range readers {
+		before[i] = r.got.Load()
+		if events := strings.HasPrefix(r.name, "/api/events"); events && before[i] < int64(idle/time.Second)*100 {
+			t.Errorf("%s: got %d bytes of events in %v", r.name, before[i], idle)
+		}
+	}
+	film()
+	for i, r := range readers {
+		eventually(t, settleTime, func() error {
+			if n := r.got.Load() - before[i]; n < 1000 {
+				return fmt.Errorf("%s: got %d bytes more after the silence", r.name, n)
+			}
+			return nil
+		})
+	}
+}
+
+// openReader asks for what a path of vw streams, through a proxy, with compression
+// allowed; it is closed when the test ends.
+func openReader(t *testing.T, addr, path string) io.Reader {
+	t.Helper()
+	if strings.HasPrefix(path, "/out/") {
+		c, err := websocket.NewConfig("ws://"+addr+path, "http://"+addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Header.Set("Authorization", "Bearer "+secretToken)
+		var ws *websocket.Conn
+		eventually(t, startupTime, func() (err error) {
+			ws, err = websocket.DialConfig(c)
+			return err
+		})
+		t.Cleanup(func() { ws.Close() })
+		return ws
+	}
+	r, err := http.NewRequest("GET", "http://"+addr+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("Authorization", "Bearer "+secretToken)
+	r.Header.Set("Accept-Encoding", "gzip")
+	var body io.ReadCloser
+	eventually(t, startupTime, func() error {
+		a, err := (&http.Transport{DisableKeepAlives: true, ResponseHeaderTimeout: settleTime}).RoundTrip(r)
+		if err != nil {
+			return err
+		}
+		if body = a.Body; a.StatusCode != http.StatusOK || a.Header.Get("Content-Encoding") == "gzip" {
+			a.Body.Close()
+			return fmt.Errorf("%s: got %s with %v", path, a.Status, a.Header)
+		}
+		return nil
+	})
+	t.Cleanup(func() { body.Close() })
+	return body
 }

@@ -634,6 +634,9 @@ func appendSection(b []byte, pid uint16, cc *byte, section []byte, version byte)
 	return b
 }
 
+// nullPacket is what a receiver ignores. ISO 13818-1 2.4.1
+var nullPacket = append([]byte{syncByte, nullPID >> 8, nullPID & 0xff, 0x10}, bytes.Repeat([]byte{0xff}, packetSize-4)...)
+
 // appendAdaptation appends a packet that has an adaptation field only.
 // ISO 13818-1 2.4.3.4.
 func appendAdaptation(b []byte, pid uint16, cc byte, field ...byte) []byte {

@@ -189,6 +189,16 @@ func (x *mux) leave(name string, s *subscriber) {
 	}
 }
 
+// refresh makes the stream of that name send its program map and a PCR, unless it
+// did so a moment ago. It reports whether it has a program map.
+func (x *mux) refresh(name string) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	st := x.streams[name]
+	at := time.Now()
+	return st != nil && st.refresh(at, x.now(at))
+}
+
 // setStream makes feeds those of a stream. When the channels it returns are
 // closed, no message of a feed that was removed will be begun (I6). Without ruled
 // the stream ends with its last reader.
@@ -662,6 +672,20 @@ func (st *stream) sendPSI(at time.Time, now ticks) {
 	m := newMessage(st.remux.appendPSI(nil, now), at, info)
 	st.offer(m)
 	m.release()
+}
+
+// refresh sends the program map and a PCR to readers who get nothing else. It
+// reports whether there is a program map.
+func (st *stream) refresh(at time.Time, now ticks) bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if len(st.remux.psi) == 0 {
+		return false
+	}
+	if now-st.remux.sent >= second {
+		st.sendPSI(at, now)
+	}
+	return true
 }
 
 // offer hands m to the readers; mu is held.

@@ -821,8 +821,9 @@ http {
 	return startWith(t, l, "nginx", cmd)
 }
 
-// startHAProxy puts haproxy with TLS in front of a relay and returns its address.
-func startHAProxy(t *testing.T, c certificates, relay string) string {
+// startHAProxyWith starts a haproxy with those options of its front, and that backend;
+// it returns its address.
+func startHAProxyWith(t *testing.T, timeouts, options, backend string) string {
 	t.Helper()
 	l := listenLoopback(t)
 	conf := filepath.Join(t.TempDir(), "haproxy.cfg")
@@ -832,24 +833,36 @@ global
 defaults
 	mode http
 	timeout connect 5s
-	timeout client 30s
-	timeout server 30s
-	timeout tunnel 30s
+	timeout client %[1]s
+	timeout server %[1]s
+	timeout tunnel %[1]s
 frontend front
-	bind fd@3 ssl crt %s alpn http/1.1
-	default_backend relay
-backend relay
-	server relay %s
-`, c.both, relay), 0o600); err != nil {
+	bind fd@3 %[2]s
+	default_backend back
+backend back
+	%[3]s
+`, timeouts, options, backend), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(needs(t, "haproxy"), "-db", "-f", conf)
 	return startWith(t, l, "haproxy", cmd)
 }
 
+// startHAProxy puts haproxy with TLS in front of a relay and returns its address.
+func startHAProxy(t *testing.T, c certificates, relay string) string {
+	t.Helper()
+	return startHAProxyWith(t, "30s", "ssl crt "+c.both+" alpn http/1.1", "server relay "+relay)
+}
+
 // startCaddy puts caddy with TLS in front of a relay and returns its address.
-// It takes no open port.
 func startCaddy(t *testing.T, c certificates, relay string) string {
+	t.Helper()
+	return startCaddyWith(t, "https", "tls "+c.cert+" "+c.key, "reverse_proxy "+relay)
+}
+
+// startCaddyWith starts a caddy that serves a scheme with those directives; it
+// returns its address. It takes no open port.
+func startCaddyWith(t *testing.T, scheme string, directives ...string) string {
 	t.Helper()
 	dir, port := t.TempDir(), holdPort(t)
 	conf := filepath.Join(dir, "Caddyfile")
@@ -858,12 +871,11 @@ func startCaddy(t *testing.T, c certificates, relay string) string {
 	admin off
 	auto_https off
 }
-https://127.0.0.1:%d {
+%s://127.0.0.1:%d {
 	bind 127.0.0.1
-	tls %s %s
-	reverse_proxy %s
+	%s
 }
-`, port, c.cert, c.key, relay), 0o600); err != nil {
+`, scheme, port, strings.Join(directives, "\n\t")), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(needs(t, "caddy"), "run", "--config", conf, "--adapter", "caddyfile")
