@@ -305,6 +305,9 @@ type trackClock struct {
 	gap    ticks       // the longest in arrival of late
 	step   ticks       // the last change of shift,
 	stepAt ticks       // and when it was
+	pauses ticks       // media time that steps were given for pauses in arrival,
+	paused ticks       // and the strays since ref
+	owed   backlog
 
 	tracker // from media time to vw's clock
 
@@ -386,6 +389,7 @@ func (t *trackClock) begin(dts, at ticks) {
 	t.ref, t.misses, t.shift, t.even, t.gap, t.shows = sighting{t, dts, at}, -1, 0, 0, 0, 0
 	t.stray = [2]sighting{}
 	t.media, t.seen = dts-max(t.period, 1), at
+	t.pauses, t.paused, t.owed = 0, 0, backlog{last: t.media}
 	t.late = false
 	t.tracker = tracker{mapping: mapping{dts, at - t.tail(), 1}, last: dts, began: at, easing: true, behind: math.MaxInt64 / 2}
 }
@@ -400,6 +404,7 @@ func (t *trackClock) join(dts, at ticks) {
 			t.shift = u.shift
 			m := t.ref.dts + t.shift
 			t.media = m - max(t.period, 1)
+			t.owed.last = t.media
 			t.mapping = mapping{m, u.on(m), 1}
 			return
 		}
@@ -420,7 +425,9 @@ func (t *trackClock) place(s *stamp, key bool, at, now ticks) {
 	} else {
 		out = min(t.on(m), end+early)
 	}
-	s.began = out
+	if s.began = out; t.owed.size > 0 {
+		s.began = min(out, end-min(t.owed.size, mostBacklog)-fit)
+	}
 	s.fate = t.emit(&out, end, now, key)
 	s.dts = out
 	s.pts = out + t.scaled(ahead)
@@ -443,6 +450,9 @@ func (t *trackClock) mediaTime(dts, at ticks) (m ticks, fits bool) {
 	tooShort := d <= -fit || t.even >= regular && n <= 3 && d < n*t.period-fit && lag > fit
 	tooLong := t.scaled(d) > max(t.scaled(n*t.period), da)+fit
 	place := t.media + t.placeAfter(at-t.seen)
+	if d := place - t.media - t.placeAfter(0); d > 0 {
+		t.paused += d
+	}
 	switch {
 	case !tooShort && !tooLong:
 		if n == 1 {
@@ -452,7 +462,7 @@ func (t *trackClock) mediaTime(dts, at ticks) (m ticks, fits bool) {
 			t.ref = sighting{t, t.ref.dts + d, at}
 		}
 		t.countStrays()
-		t.misses, t.stray = 0, [2]sighting{}
+		t.misses, t.stray, t.paused = 0, [2]sighting{}, 0
 		m, fits = t.ref.dts+min(d, 0)+t.shift, true
 	case !t.agrees(dts, at):
 		t.misses++
@@ -467,13 +477,42 @@ func (t *trackClock) mediaTime(dts, at ticks) (m ticks, fits bool) {
 		t.misses, t.even, t.stray = 0, 0, [2]sighting{}
 		if tooShort || lag < -fit {
 			t.stepTo(place, at)
+			t.pauses += t.paused
 		}
+		t.paused = 0
 		m, fits = t.ref.dts+t.shift, true
 	}
+	here := m - t.pauses - t.paused
+	if t.owed.size > 0 || at-t.seen > t.longPause() {
+		t.owed.add(at-t.seen, here, t.rate)
+	}
+	t.owed.last = here
 	t.gap = max(at-t.seen, t.gap-(at-t.seen)/8)
 	t.media, t.seen = m, at
 	return m, fits
 }
+
+// backlog follows how much a publisher has yet to send of what it recorded: by how
+// much a pause in arrival was longer than in media time, less what it has caught
+// up with since. What goes out forgets that it is late, when that lasts; the mute
+// switch must not.
+type backlog struct {
+	size ticks   // 0: there is none
+	last ticks   // media time, without what was given for pauses
+	rate float64 // of the clock before the pause
+}
+
+// add notes that a PES with that media time came da after the last.
+func (b *backlog) add(da, media ticks, rate float64) {
+	if b.size == 0 {
+		b.rate = rate
+	}
+	b.size = min(max(0, b.size+da-ticks(b.rate*float64(media-b.last))), wrap)
+}
+
+// mostBacklog is how much a publisher is believed to have. One that has recorded
+// nothing in a pause looks the same, and is not heard for so long after a mute.
+const mostBacklog = 60 * second
 
 // countStrays counts the last strays as outliers, which they were.
 func (t *trackClock) countStrays() {
@@ -484,10 +523,13 @@ func (t *trackClock) countStrays() {
 	}
 }
 
+// longPause is what a gap in arrival must be longer than to be a pause.
+func (t *trackClock) longPause() ticks { return 2*t.gap + t.scaled(t.period) + pause }
+
 // placeAfter returns the distance in media time of two PES that arrived da
 // apart, by the place of the second.
 func (t *trackClock) placeAfter(da ticks) ticks {
-	if t.running && da > 2*t.gap+t.scaled(t.period)+pause {
+	if t.running && da > t.longPause() {
 		return ticks(float64(da) / t.rate)
 	}
 	if t.period == 0 {

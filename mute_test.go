@@ -466,6 +466,82 @@ func TestMuteBacklog(t *testing.T) {
 	}
 }
 
+// TestMuteDrain: a publisher that stalled from before the mute until after the lift
+// delivers what it has as fast as its path lets it, or stays late for good; its
+// timestamps may have stepped. Nothing of before the lift goes out, and what is of
+// after it does.
+func TestMuteDrain(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		stall  int     // frames
+		speed  float64 // at which they come
+		step   ticks   // of the timestamps
+		stepAt int     // frame of the stall
+	}{
+		{"at once", 100, 1000, 0, 0},
+		{"at 5 times", 250, 5, 0, 0},
+		{"at 1.5 times", 250, 1.5, 0, 0},
+		{"at 1.05 times", 250, 1.05, 0, 0},
+		{"it stays late by 10 s", 250, 1, 0, 0},
+		{"it stays late by 1 s", 25, 1, 0, 0},
+		{"at once, a step before", 250, 1000, 30 * second, 0},
+		{"at once, a step back before", 250, 1000, -3 * second, 0},
+		{"at once, a step in it", 250, 1000, 30 * second, 100},
+		{"at once, a step back in it", 250, 1000, -30 * second, 100},
+		{"at 5 times, a step in it", 250, 5, 30 * second, 100},
+		{"it stays late, a step before", 250, 1, 30 * second, 0},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s := newStudio(t)
+			s.play(100)
+			s.read(s.onFeed)
+			s.read(s.sub)
+			captured := make(map[ticks]time.Time) // by PTS
+			var kept [][]byte
+			var lifted time.Time
+			sent := 0.0
+			const after = 300
+			for i := range tt.stall + after {
+				if i == tt.stepAt {
+					s.start = s.start.Add(-tt.step.duration())
+				}
+				kept = append(kept, s.record())
+				captured[(s.captured()-second/25)&(wrap-1)] = time.Now().Add(-40 * time.Millisecond)
+				switch i {
+				case 3:
+					s.setMute(muteSound | mutePicture)
+				case tt.stall - 2:
+					s.setMute(0)
+					lifted = time.Now()
+				}
+				if i >= tt.stall {
+					for sent += tt.speed; sent >= 1 && len(kept) > 0; sent-- {
+						s.arrive(kept[0])
+						kept = kept[1:]
+					}
+				}
+			}
+			onFeed, onStream := s.read(s.onFeed), s.read(s.sub)
+			for _, pid := range []uint16{0x100, 0x101} {
+				n, before := 0, time.Duration(0)
+				for _, pts := range pesTimes(onFeed, pid) {
+					n++
+					before = max(before, lifted.Sub(captured[pts]))
+				}
+				if before > time.Millisecond { // a tick is not a whole number of those
+					t.Errorf("%s: a PES on %#x was captured %v before the lift", tt.name, pid, before)
+				}
+				if want := after - len(kept) - 20; n < want {
+					t.Errorf("%s: got %d PES on %#x that were captured after the lift, want %d at least", tt.name, n, pid, want)
+				}
+				if got := len(pesTimes(onStream, pid)); got > n {
+					t.Errorf("%s: got %d PES on %#x of the stream, and %d on the feed", tt.name, got, pid, n)
+				}
+			}
+		})
+	}
+}
+
 // soundMark is in each packet of sound of the tests below, so that it is found
 // whatever the packet says of itself.
 var soundMark = []byte("so this is sound")
