@@ -4,14 +4,17 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -466,6 +469,88 @@ func TestReplayNever(t *testing.T) {
 	}
 }
 
+// TestReplayPrivate: of 1,000 readers that join around mutes, lifts and changes of
+// the rule, none gets a picture that was captured before the last of them.
+func TestReplayPrivate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStudio(t)
+		random := rand.New(rand.NewPCG(17, 0))
+		s.play(5)
+		feeds, muted := []string{"f"}, kindSet(0)
+		changes := []func(){
+			func() { muted ^= muteSound; s.setMute(muted) },
+			func() { muted ^= mutePicture; s.setMute(muted) },
+			func() { muted = 0; s.setMute(muted) },
+			func() { // the feed leaves or comes back
+				feeds = map[bool][]string{true: {"f"}, false: nil}[len(feeds) == 0]
+				s.setStream("stream/x", feeds, true)
+			},
+			func() { // another one comes or leaves
+				feeds = map[bool][]string{true: {"f", "g"}, false: {"f"}}[len(feeds) < 2]
+				s.setStream("stream/x", feeds, true)
+			},
+		}
+		play := func(frames int) {
+			for range frames {
+				s.arrive(numbered(s.record(), s.n))
+			}
+		}
+		oldest, replayed, joins := 0, 0, 0
+		for joins < 1000 {
+			play(random.IntN(20))
+			b := numbered(s.record(), s.n) // a picture is captured, and then there is a change
+			if change := random.IntN(len(changes) + 1); change < len(changes) {
+				was := muted
+				changes[change]()
+				oldest = s.n
+				if was&^muted&mutePicture != 0 {
+					oldest++ // it was captured before the lift
+				}
+			}
+			s.arrive(b)
+			play(random.IntN(20))
+			for range 4 {
+				late := newSubscriber(raw, time.Minute, nil)
+				late.wantReplay()
+				s.join("stream/x", late)
+				for _, n := range numbers(s.takeAll(late)) {
+					replayed++
+					if n < oldest || muted&mutePicture != 0 || len(feeds) == 0 {
+						t.Fatalf("reader %d got picture %d, want none before %d; muted %v, feeds %q", joins, n, oldest, muted, feeds)
+					}
+				}
+				s.leave("stream/x", late)
+				joins++
+				play(1)
+			}
+		}
+		if replayed < 1000 {
+			t.Errorf("got %d pictures in all, want more", replayed)
+		}
+		t.Logf("%d readers got %d pictures", joins, replayed)
+	})
+}
+
+// numbered writes a number into the end of the picture in b.
+func numbered(b []byte, n int) []byte {
+	for i := len(b) - packetSize; ; i -= packetSize {
+		if p := packet(b[i : i+packetSize]); p.pid() == 0x100 {
+			binary.BigEndian.PutUint32(p[packetSize-4:], uint32(n))
+			return b
+		}
+	}
+}
+
+// numbers returns the numbers of the pictures in ts.
+func numbers(ts []byte) (all []int) {
+	for p := packet(ts); len(p) > 0; p = p[packetSize:] {
+		if p.pid() == 0x100 && !p.unitStart() && len(p[:packetSize].adaptation()) > 0 { // stuffing: the last of a picture
+			all = append(all, int(binary.BigEndian.Uint32(p[packetSize-4:])))
+		}
+	}
+	return all
+}
+
 // TestReplayShared: readers that join together share what was made for them, and
 // the store has its bounds and is freed with its stream.
 func TestReplayShared(t *testing.T) {
@@ -501,6 +586,83 @@ func TestReplayShared(t *testing.T) {
 			t.Errorf("%d bytes are kept after the feed was taken out", r.bytes)
 		}
 	})
+}
+
+// TestReplayMemory: what streams keep for readers to come stays within its bound
+// for each of them, 1,000 readers that join within a second share what is made
+// for them, and it is all freed with the streams.
+func TestReplayMemory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := scaled(4, 8, 64)
+		b := newBench(t, "stream/x")
+		var cameras []*camera
+		picture := func(feeds int) {
+			time.Sleep(40 * time.Millisecond)
+			b.at = time.Now()
+			for i, c := range cameras[:feeds] {
+				b.post(fmt.Sprint(i), c.next())
+			}
+		}
+		before := heapMB()
+		for i := range n {
+			c := newCamera()
+			c.kind, c.size, c.gop = typeH264, 40_000, 500 // 8 Mbit/s
+			cameras = append(cameras, c)
+			b.setStream(fmt.Sprint("stream/", i), []string{fmt.Sprint(i)}, true)
+		}
+		for range 70 {
+			picture(n)
+		}
+		kept := &b.streams["stream/0"].remux.sources[0].replay
+		full := heapMB() - before
+		if most := 1.25 * mb(maxReplay) * float64(n); kept.bytes < maxReplay/2 || full > most {
+			t.Errorf("%d streams keep %.1f MB, of which the first has %.1f MB; want %.1f MB at most", n, full, mb(kept.bytes), most)
+		}
+		var readers []*subscriber
+		for len(readers) < 1000 {
+			for range 40 {
+				s := newSubscriber(raw, time.Minute, nil)
+				s.wantReplay()
+				b.join("stream/0", s)
+				readers = append(readers, s)
+			}
+			picture(1)
+		}
+		joined := heapMB() - before - full
+		if most := 1.25 * mb(maxReplay) * 25; joined > most {
+			t.Errorf("1,000 readers that take nothing hold %.1f MB, want %.1f MB at most", joined, most)
+		}
+		for _, s := range readers {
+			if len(s.items) < 50 {
+				t.Fatalf("a reader got %d messages, want a replay", len(s.items))
+			}
+			b.leave("stream/0", s)
+			s.end()
+		}
+		for range 20 {
+			picture(1)
+		}
+		if kept.bytes != 0 {
+			t.Errorf("%.1f MB are kept of a group of pictures that is longer than is kept", mb(kept.bytes))
+		}
+		for i := range n {
+			b.setStream(fmt.Sprint("stream/", i), nil, false)
+		}
+		left := heapMB() - before
+		if left > 4 {
+			t.Errorf("%.1f MB are held after the streams were deleted, want 4 MB at most", left)
+		}
+		t.Logf("%d streams of 8 Mbit/s: %.1f MB; 1,000 readers that take nothing: %.1f MB more; without the streams: %.1f MB", n, full, joined, left)
+	})
+}
+
+// heapMB returns how much memory is in use.
+func heapMB() float64 {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.GC() // what a pool keeps goes at the second
+	runtime.ReadMemStats(&m)
+	return mb(int(m.HeapAlloc))
 }
 
 // TestReplayNarrow: a reader that does not take its replay within its age bound
