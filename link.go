@@ -430,6 +430,10 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber, start time.Time) er
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
+		if s.isReplaying() && s.holdsReplay(l.wire.unacked(), start) {
+			time.AfterFunc(replayLook, s.wake)
+			return nil
+		}
 		l.iov = s.take(l.iov[:0], l.batch(), !l.resumes, start.Add(l.lateness(s, start)))
 		if len(l.iov) == 0 {
 			if s.drained() {

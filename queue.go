@@ -270,13 +270,31 @@ func (s *subscriber) replay(feed string, pictures []*message, at time.Time) {
 }
 
 // isTooSlow reports whether the reader will not have taken its replay within
-// maxAge: a link that is narrow is no worse off than without one.
+// maxAge: a link that is narrow is no worse off than without one. One that is not
+// begins slowly, so what must be done grows with the square of the time.
 func (s *subscriber) isTooSlow(now time.Time) bool {
 	if s.replayLeft == 0 {
 		return false
 	}
-	took, done := now.Sub(s.replayed), s.replaySize-s.replayLeft
-	return took > s.maxAge/replayPatience && float64(took)*float64(s.replaySize) > float64(s.maxAge)*float64(done)
+	took, done := float64(now.Sub(s.replayed))/float64(s.maxAge), float64(s.replaySize-s.replayLeft)
+	return took > 1./replayPatience && done < float64(s.replaySize)*took*took
+}
+
+// isReplaying reports whether some of a replay is queued.
+func (s *subscriber) isReplaying() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.replayLeft > 0
+}
+
+// holdsReplay reports whether s is to write nothing now, since so many bytes are
+// not acknowledged. Of a replay, half must be before as much again is written: a
+// link may be narrow, and others may share it, who are live.
+func (s *subscriber) holdsReplay(unacked int, now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.trim(now)
+	return s.replayLeft > 0 && unacked > max(replayPart, s.replaySize-s.replayLeft)/2
 }
 
 // wakeups returns the channel that holds a token when there may be something
@@ -470,6 +488,9 @@ func (s *subscriber) reopen(rest []item, it item) ([]item, item) {
 func (s *subscriber) take(b [][]byte, limit int, cut bool, now time.Time) [][]byte {
 	s.mu.Lock()
 	s.trim(now)
+	if s.replayLeft > 0 {
+		limit = min(limit, replayPart) // what is written cannot be dropped
+	}
 	begun, room := s.begun, limit+s.begun
 	for _, it := range s.items {
 		if room -= it.wireSize(s.form); room < 0 && s.inFlight > 0 {

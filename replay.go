@@ -24,8 +24,9 @@ const (
 	maxReplayShown = 25        // pictures
 
 	squeezeInto = second / 10
-	replayPart  = 48 << 10 // bytes of whole pictures in a message, if one is not longer
-	replayFresh = second   // a video whose newest picture is older has stopped
+	replayPart  = 8 << 10              // bytes of whole pictures in a message, if one is not longer
+	replayLook  = 2 * time.Millisecond // at what is acknowledged of it
+	replayFresh = second               // a video whose newest picture is older has stopped
 	replayShare = second / 10
 )
 

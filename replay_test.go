@@ -490,15 +490,19 @@ func TestReplayPrivate(t *testing.T) {
 				s.setStream("stream/x", feeds, true)
 			},
 		}
+		capture := func() []byte {
+			b := s.record()
+			return numbered(b, s.n)
+		}
 		play := func(frames int) {
 			for range frames {
-				s.arrive(numbered(s.record(), s.n))
+				s.arrive(capture())
 			}
 		}
 		oldest, replayed, joins := 0, 0, 0
 		for joins < 1000 {
 			play(random.IntN(20))
-			b := numbered(s.record(), s.n) // a picture is captured, and then there is a change
+			b := capture() // and then there is a change
 			if change := random.IntN(len(changes) + 1); change < len(changes) {
 				was := muted
 				changes[change]()
@@ -544,7 +548,7 @@ func numbered(b []byte, n int) []byte {
 // numbers returns the numbers of the pictures in ts.
 func numbers(ts []byte) (all []int) {
 	for p := packet(ts); len(p) > 0; p = p[packetSize:] {
-		if p.pid() == 0x100 && !p.unitStart() && len(p[:packetSize].adaptation()) > 0 { // stuffing: the last of a picture
+		if p.pid() == 0x100 && !p.unitStart() && p[:packetSize].payload() != nil && len(p[:packetSize].adaptation()) > 0 { // stuffing: the last of a picture
 			all = append(all, int(binary.BigEndian.Uint32(p[packetSize-4:])))
 		}
 	}
@@ -777,4 +781,181 @@ func TestReplayDestination(t *testing.T) {
 		t.Errorf("a connection that came back had a picture %v after the start, want it to wait for the keyframe at 4 s", at)
 	}
 	t.Logf("the first picture came after %v", first)
+}
+
+// sharedLink is four relays behind one narrow link, and what they got.
+type sharedLink struct {
+	addrs [4]string
+	first [4]time.Time // when the first picture came, replayed or live
+	at    [4][]time.Time
+	ages  [4][]time.Duration // of the pictures since the three joined
+
+	mu     sync.Mutex
+	born   []time.Time // of each picture
+	joined int         // the first picture that was made after that
+}
+
+// listen makes the relays listen, behind a link of so many kbit/s.
+func (u *sharedLink) listen(t *testing.T, kbit int) {
+	for i := range u.addrs {
+		l, err := net.Listen("tcp", "192.0.2.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		u.addrs[i] = l.Addr().String()
+		serveEach(t, l, func(conn net.Conn) { serveRelay(conn, func(b []byte) { u.arrive(i, numbers(b)) }) })
+		port := l.Addr().(*net.TCPAddr).Port
+		if i == 0 {
+			narrow(t, port, kbit, 200*time.Millisecond)
+			continue
+		}
+		filter := fmt.Sprintf("filter add dev lo parent 1: protocol ip prio 1 u32 match ip dport %d 0xffff flowid 1:30", port)
+		if out, err := exec.Command("tc", strings.Fields(filter)...).CombinedOutput(); err != nil {
+			t.Fatalf("tc: %v: %s", err, out)
+		}
+	}
+}
+
+func (u *sharedLink) arrive(reader int, pictures []int) {
+	now := time.Now()
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for _, n := range pictures {
+		if u.first[reader].IsZero() {
+			u.first[reader] = now
+		}
+		if u.joined > 0 && n >= u.joined {
+			u.at[reader] = append(u.at[reader], now)
+			u.ages[reader] = append(u.ages[reader], now.Sub(u.born[n]))
+		}
+	}
+}
+
+// film publishes 25 pictures/s of so many bytes until ctx is done, with a keyframe
+// every 10 s.
+func (u *sharedLink) film(ctx context.Context, x *mux, size int) {
+	c := newCamera()
+	c.kind, c.gop, c.size = typeH264, 250, size
+	pr, pw := io.Pipe()
+	defer pw.Close()
+	var publishing sync.WaitGroup
+	defer publishing.Wait()
+	publishing.Go(func() { x.publish("f", &publisher{interrupt: func() {}}, pr) })
+	tick := time.NewTicker(40 * time.Millisecond)
+	defer tick.Stop()
+	for ctx.Err() == nil {
+		b := numbered(c.next(), len(u.born))
+		u.mu.Lock()
+		u.born = append(u.born, time.Now())
+		u.mu.Unlock()
+		pw.Write(b)
+		<-tick.C
+	}
+	pw.Close()
+}
+
+// linkFigures are what a relay got since others joined.
+type linkFigures struct {
+	pictures           int // live ones
+	first, oldest, gap time.Duration
+}
+
+// join publishes a stream of which four fill most of a link of so many kbit/s to a
+// relay, and 8 s after a keyframe to three more.
+func (u *sharedLink) join(t *testing.T, kbit int, replays bool) (all [4]linkFigures) {
+	u.listen(t, kbit)
+	r, ctx, tasks := realRules(t, io.Discard)
+	ctx, cancel := context.WithCancel(ctx)
+	defer tasks.Wait()
+	defer cancel()
+	if _, err := r.setStream(streamRule{"stream/x", []string{"f"}}); err != nil {
+		t.Fatal(err)
+	}
+	r.to(t, "0", "stream/x", "ws://"+u.addrs[0])
+	tasks.Go(func() { u.film(ctx, r.mux, kbit*1000/8/25/4*7/10) })
+	time.Sleep(8 * time.Second)
+	if !replays {
+		st := r.mux.streams["stream/x"]
+		st.mu.Lock()
+		st.forgetReplays()
+		st.mu.Unlock()
+	}
+	begun := time.Now()
+	u.mu.Lock()
+	u.joined = len(u.born)
+	u.mu.Unlock()
+	for i, addr := range u.addrs[1:] {
+		r.to(t, id(fmt.Sprint(i+1)), "stream/x", "ws://"+addr)
+	}
+	time.Sleep(7 * time.Second)
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for i := range all {
+		f, last := &all[i], begun
+		f.first, f.pictures = u.first[i].Sub(begun), len(u.at[i])
+		for j, at := range u.at[i] {
+			f.oldest, f.gap, last = max(f.oldest, u.ages[i][j]), max(f.gap, at.Sub(last)), at
+		}
+	}
+	return all
+}
+
+// TestReplayUplink: where an uplink is too narrow for replays, nobody is worse off
+// than without them: who was live stays live, and who joined is at the next
+// keyframe.
+func TestReplayUplink(t *testing.T) {
+	if !*long {
+		t.Skip("it takes a minute; with -long")
+	}
+	if !inNamespace(t) {
+		return
+	}
+	for _, kbit := range []int{1500, 5000} {
+		without, with := new(sharedLink).join(t, kbit, false), new(sharedLink).join(t, kbit, true)
+		for i, f := range with {
+			t.Logf("%d kbit/s, reader %d, without replays and with: %+v, %+v", kbit, i, without[i], f)
+			if f.pictures < without[i].pictures-3 || f.gap > without[i].gap+200*time.Millisecond || f.oldest > 400*time.Millisecond {
+				t.Errorf("%d kbit/s, reader %d: got %+v, want it no worse than without replays, %+v", kbit, i, f, without[i])
+			}
+		}
+	}
+}
+
+// TestReplayHeld: of a replay, no more is written than as much again as the other
+// side has acknowledged, or a first part.
+func TestReplayHeld(t *testing.T) {
+	const parts = 20
+	for _, tt := range []struct {
+		written int // parts
+		unacked int // bytes
+		want    bool
+	}{
+		{0, 0, false},
+		{0, replayPart / 2, false}, // of the handshake
+		{1, replayPart, true},
+		{1, replayPart / 2, false},
+		{10, 6 * replayPart, true},
+		{10, 4 * replayPart, false},
+		{parts, 100 * replayPart, false}, // it is all written
+	} {
+		s, at := newSubscriber(raw, time.Minute, nil), time.Now()
+		var replay []*message
+		for range parts {
+			replay = append(replay, newReplayMessage(make([]byte, replayPart/packetSize*packetSize), "f", nil, at, 1))
+		}
+		s.replay("f", replay, at)
+		for range tt.written {
+			n := 0
+			for _, b := range s.take(nil, 1<<20, false, at) {
+				n += len(b)
+			}
+			if n > replayPart {
+				t.Fatalf("got %d bytes to write, want %d at most", n, replayPart)
+			}
+			s.wrote(n)
+		}
+		if got := s.isReplaying() && s.holdsReplay(tt.unacked, at); got != tt.want {
+			t.Errorf("%d parts are written, %d bytes not acknowledged: held %v, want %v", tt.written, tt.unacked, got, tt.want)
+		}
+	}
 }

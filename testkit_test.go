@@ -665,7 +665,7 @@ func inNamespace(t *testing.T) bool {
 		t.Fatal(err)
 	}
 	t.Parallel()
-	inner := exec.Command(unshare, "--map-root-user", "--net", "--mount", self, "-test.run", "^"+t.Name()+"$", "-test.v", "-test.timeout", "5m")
+	inner := exec.Command(unshare, "--map-root-user", "--net", "--mount", self, "-test.run", "^"+t.Name()+"$", "-test.v", "-test.timeout", "5m", fmt.Sprintf("-long=%t", *long))
 	inner.Env = append(os.Environ(), "VW_TEST_NAMESPACE=1")
 	out, err := inner.CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
