@@ -479,12 +479,19 @@ func (l *link) patience() time.Duration {
 }
 
 // lateness returns how much later than now what s holds would arrive, if it were
-// written now.
+// written now. It drops what would be too old: what comes next then may be longer.
 func (l *link) lateness(s *subscriber, now time.Time) time.Duration {
 	if l.isFast(now) {
 		return 0
 	}
-	return l.pace.lateness(s.nextSize(), s.maxAge)
+	late := l.pace.delay
+	for size := -1; ; {
+		next := s.nextSize(now.Add(late))
+		if next == size {
+			return late
+		}
+		size, late = next, l.pace.lateness(next, s.maxAge)
+	}
 }
 
 // isFast reports whether whatever is written next does not take long.

@@ -193,6 +193,8 @@ func TestNarrowLink(t *testing.T) {
 	}{
 		{"4 Mbit/s", 60_000, 16_300, 200 * time.Millisecond},
 		{"4 Mbit/s, deep queue", 60_000, 16_300, time.Second},
+		{"8 Mbit/s", 200_000, 25_000, 200 * time.Millisecond},
+		{"8 Mbit/s, deep queue", 200_000, 25_000, time.Second},
 		{"1 Mbit/s fits", 20_000, 3000, 200 * time.Millisecond},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -221,7 +223,8 @@ func TestNarrowLink(t *testing.T) {
 			r.to(t, "slow", "video0", "ws://"+a.Addr().String())
 			r.to(t, "fast", "video0", "ws://"+b.Addr().String())
 			waitFor(t, "connections", func() bool { return strings.Count(log.String(), "msg=connected") == 2 })
-			ctx, cancel := context.WithTimeout(ctx, time.Duration(scaled(10, 10, 60))*time.Second)
+			length := scaled(6, 6, 60) // seconds
+			ctx, cancel := context.WithTimeout(ctx, time.Duration(length)*time.Second)
 			defer cancel()
 			tasks.Go(func() { c.film(ctx, r.mux, "video0") })
 			<-ctx.Done()
@@ -244,7 +247,7 @@ func TestNarrowLink(t *testing.T) {
 			for _, s := range slow {
 				carried += map[bool]int{true: tt.key, false: tt.other}[s.key]
 			}
-			if most := int(2e6 / 8 * 10); len(fast) < len(c.born) || tt.key >= 60_000 && !*long && carried < most*6/10 {
+			if most := 2e6 / 8 * length; len(fast) < len(c.born) || tt.key >= 60_000 && carried < most*6/10 {
 				t.Errorf("got %d bytes on the narrow link, which carries %d, and %d frames beside it, of %d", carried, most, len(fast), len(c.born))
 			}
 			if tt.key < 60_000 && len(slow) != len(c.born) {
@@ -256,6 +259,32 @@ func TestNarrowLink(t *testing.T) {
 				t.Errorf("got the log\n%s", log.String())
 			}
 		})
+	}
+}
+
+// TestLateness: what comes next when the first is too old has its own time on a
+// narrow link, by which it may be too old as well.
+func TestLateness(t *testing.T) {
+	const maxAge = 500 * time.Millisecond
+	for _, tt := range []struct {
+		keyAge time.Duration
+		want   int // messages sent
+	}{{150 * time.Millisecond, 1}, {250 * time.Millisecond, 0}} {
+		now := time.Now()
+		l := &link{pace: pace{rate: 250_000, looked: now}}
+		s := newSubscriber(raw, maxAge, nil)
+		offer := func(size int, age time.Duration) {
+			m := newMessage(make([]byte, size), now.Add(-age), chunkInfo{start: true, key: true, hasVideo: true, hasPAT: true})
+			s.offer(m)
+			m.release()
+		}
+		offer(25_000, maxAge+10*time.Millisecond)
+		offer(200_000, tt.keyAge)
+		if got := s.take(nil, maxBatch, false, now.Add(l.lateness(s, now))); len(got) != tt.want {
+			t.Errorf("got %d messages with a keyframe of %v, want %d", len(got), tt.keyAge, tt.want)
+		}
+		s.wrote(0)
+		s.end()
 	}
 }
 

@@ -511,11 +511,12 @@ func (s *subscriber) take(b [][]byte, limit int, cut bool, now time.Time) [][]by
 	return b
 }
 
-// nextSize returns the payload of the first message that is not begun; 0 if there
-// is none.
-func (s *subscriber) nextSize() int {
+// nextSize drops what is too old at now, and returns the payload of the first message
+// that is left and not begun; 0 if there is none.
+func (s *subscriber) nextSize(now time.Time) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.trim(now)
 	if i := s.droppable(); i < len(s.items) {
 		return s.items[i].size
 	}
