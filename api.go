@@ -68,6 +68,8 @@ func (s *server) table() *http.ServeMux {
 	}
 	m.Handle("GET /api/streams/{name...}", byName(s.commands.listStream))
 	m.Handle("GET /api/destinations/{name...}", byName(s.commands.listDestination))
+	m.Handle("GET /api/streams", handler(func(*http.Request) (any, error) { return s.commands.listStream("all") }))
+	m.Handle("GET /api/destinations", handler(func(*http.Request) (any, error) { return s.commands.listDestination("all") }))
 	m.Handle("DELETE /api/streams/{name...}", byName(s.commands.deleteStream))
 	m.Handle("DELETE /api/destinations/{name...}", byName(s.commands.deleteDestination))
 	m.Handle("GET /api/mute", handler(func(*http.Request) (any, error) { return s.commands.listMute(handHere), nil }))
@@ -104,7 +106,7 @@ func (s *server) table() *http.ServeMux {
 	}
 	for _, path := range []string{"/api/streams", "/api/destinations"} {
 		m.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Allow", "POST, PUT, UPDATE")
+			w.Header().Set("Allow", "GET, HEAD, POST, PUT, UPDATE")
 			refuse(w, r, notAllowed(w, r))
 		})
 	}

@@ -8,9 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/signal"
@@ -38,6 +40,8 @@ Settings come from the environment:
 
 `
 
+var commandNames = []string{"stream", "check", "devices", "units", "healthcheck", "version", "help"}
+
 func main() {
 	os.Exit(run(context.Background(), os.Args[1:], os.Environ(), os.Stdout, os.Stderr))
 }
@@ -53,14 +57,18 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 	case len(args) == 1 && args[0] == "devices", slices.Equal(args, []string{"devices", "-json"}):
 	case (len(args) == 1 || len(args) == 2) && args[0] == "units":
 	case len(args) == 1 && args[0] == "healthcheck":
-	case len(args) == 1 && args[0] == "version":
+	case len(args) == 1 && (args[0] == "version" || args[0] == "--version" || args[0] == "-version"):
 		fmt.Fprintln(stdout, "vw", version())
 		return 0
 	case len(args) == 1 && (args[0] == "help" || args[0] == "-h" || args[0] == "--help"):
 		fmt.Fprint(stdout, usage, settingsHelp())
 		return 0
 	default:
-		fmt.Fprintf(stderr, "vw: %q: the command must be stream, check URL, devices (or devices -json), units (or units DIR), healthcheck, version or help\n", strings.Join(args, " "))
+		hint := ""
+		if meant := nearest(args[0], commandNames); meant != args[0] && edits(args[0], meant) <= 2 {
+			hint = "; did you mean " + meant + "?"
+		}
+		fmt.Fprintf(stderr, "vw: %q: the command must be stream, check URL, devices (or devices -json), units (or units DIR), healthcheck, version or help%s\n", strings.Join(args, " "), hint)
 		return 2
 	}
 	set, warnings, err := readSettings(env)
@@ -104,6 +112,12 @@ func healthcheck(ctx context.Context, set settings, stdout, stderr io.Writer) in
 			}
 			err = fmt.Errorf("%s answered %s", page.Host, a.Status)
 		}
+	}
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED):
+		err = fmt.Errorf("nothing listens at %s (connection refused): vw does not run, or with another VW_PORT or VW_HOST", page.Host)
+	case errors.Is(err, context.DeadlineExceeded):
+		err = fmt.Errorf("%s has not answered within %v", page.Host, healthTimeout)
 	}
 	fmt.Fprintln(stderr, "vw:", err)
 	return 1
@@ -154,10 +168,8 @@ func ignoreBrokenPipes() (stop func()) {
 // publishers and callers do.
 func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logger) error {
 	listeners, err := listen(set.host, set.port)
-	if unknown := (&net.DNSError{}); errors.As(err, &unknown) {
-		return settingError{"VW_HOST", set.host, err}
-	} else if err != nil {
-		return err
+	if err != nil {
+		return listenError(set, err)
 	}
 	work, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
@@ -192,6 +204,21 @@ func serve(ctx context.Context, set settings, manager *notifier, log *slog.Logge
 		return nil
 	})
 	return g.Wait()
+}
+
+// listenError says what is wrong with the address or the port.
+func listenError(set settings, err error) error {
+	switch unknown := (&net.DNSError{}); {
+	case errors.As(err, &unknown):
+		return settingError{"VW_HOST", set.host, fmt.Errorf("this name has no address: %w", unknown)}
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return settingError{"VW_HOST", set.host, errors.New("this machine does not have that address")}
+	case errors.Is(err, syscall.EADDRINUSE):
+		return fmt.Errorf("port %d is in use, by another vw or another program; VW_PORT sets another port: %w", set.port, err)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("port %d needs more rights than vw has; VW_PORT sets another port: %w", set.port, err)
+	}
+	return err
 }
 
 // newProgram wires up what set asks for, with the rules in force that are
@@ -328,7 +355,8 @@ var variables = []variable{
 		if inner, ok := strings.CutPrefix(v, "["); ok && strings.HasSuffix(inner, "]") { // as in a URL
 			s.host = strings.TrimSuffix(inner, "]")
 		}
-		return "an address or a host name", isVisible(v) && !strings.Contains(v, "/")
+		_, err := netip.ParseAddr(s.host)
+		return "an address or a host name, without a port, which is VW_PORT", isVisible(v) && !strings.Contains(v, "/") && (err == nil || !strings.Contains(v, ":"))
 	}},
 	{"VW_LOGLEVEL", "VW_LOG_LEVEL", "info", "error, warn, info or debug", func(s *settings, v string) (string, bool) {
 		level, ok := map[string]slog.Level{

@@ -28,7 +28,13 @@ func TestRun(t *testing.T) {
 		{"help", []string{"help"}, nil, 0, "VW_MAXLAG", ""},
 		{"version", []string{"version"}, nil, 0, "vw ", ""},
 		{"nothing", nil, nil, 2, "", "vw stream     run: "},
+		{"version as of old", []string{"--version"}, nil, 0, "vw ", ""},
 		{"unknown", []string{"strem"}, nil, 2, "", `"strem": the command must be`},
+		{"meant", []string{"strem"}, nil, 2, "", `; did you mean stream?`},
+		{"host and port", []string{"stream"}, []string{"VW_HOST=127.0.0.1:8888"}, 2, "", `VW_HOST="127.0.0.1:8888": it must be an address or a host name, without a port, which is VW_PORT`},
+		{"name and port", []string{"stream"}, []string{"VW_HOST=localhost:8888"}, 2, "", `VW_HOST="localhost:8888": it must be`},
+		{"IPv6 and port", []string{"stream"}, []string{"VW_HOST=[::1]:8888"}, 2, "", `VW_HOST="[::1]:8888": it must be`},
+		{"an address elsewhere", []string{"stream"}, []string{"VW_PORT=0", "VW_HOST=192.0.2.77"}, 2, "", `VW_HOST="192.0.2.77": this machine does not have that address`},
 		{"check nothing", []string{"check"}, nil, 2, "", `"check": the command must be`},
 		{"check no URL", []string{"check", "relay"}, nil, 2, "", `destination "relay": the URL must begin with ws:// or wss://; did you mean ws://relay?`},
 		{"port", []string{"stream"}, []string{"VW_PORT=99999"}, 2, "", `VW_PORT="99999": it must be a port`},
@@ -37,7 +43,7 @@ func TestRun(t *testing.T) {
 		{"lag", []string{"stream"}, []string{"VW_MAXLAG=2"}, 2, "", `VW_MAXLAG="2": it must be a duration`},
 		{"unknown host", []string{"stream"}, []string{"VW_PORT=0", "VW_HOST=nowhere.invalid"}, 2, "", `VW_HOST="nowhere.invalid": `},
 		{"state", []string{"stream"}, []string{"VW_PORT=0", "VW_STATE=" + damaged}, 2, "", "line 2: it is missing"},
-		{"no folder", []string{"stream"}, []string{"VW_PORT=0", "VW_STATE=/no/such/folder/f"}, 2, "", `VW_STATE="/no/such/folder/f": open `},
+		{"no folder", []string{"stream"}, []string{"VW_PORT=0", "VW_STATE=/no/such/folder/f"}, 2, "", `VW_STATE="/no/such/folder/f": the folder /no/such/folder does not exist`},
 		{"api", []string{"stream"}, []string{"VW_API=ftp://me:pass@relay/"}, 2, "", `VW_API, VW_API_TOKEN: destination "…": the URL must begin with ws:// or wss://`},
 		{"api without token", []string{"stream"}, []string{"VW_API=https://relay/"}, 2, "", `VW_API, VW_API_TOKEN: destination "https://relay/": the scheme is "https", which needs a "token"`},
 		{"api token", []string{"stream"}, []string{"VW_API=ws://relay/", "VW_API_TOKEN=a b"}, 2, "", "VW_API, VW_API_TOKEN: token: it must be"},
@@ -117,8 +123,19 @@ func TestHealthcheck(t *testing.T) {
 		t.Errorf("got status %d, %q and %q", got, &stdout, &stderr)
 	}
 	stop()
-	if got := run(t.Context(), []string{"healthcheck"}, env, &stdout, &stderr); got != 1 || !strings.Contains(stderr.String(), "refused") {
+	if got := run(t.Context(), []string{"healthcheck"}, env, &stdout, &stderr); got != 1 || !strings.Contains(stderr.String(), "vw: nothing listens at [::1]:"+port+" (connection refused)") {
 		t.Errorf("without vw: got status %d, %q", got, &stderr)
+	}
+}
+
+// TestPortInUse: the second vw says so, and ends with 1.
+func TestPortInUse(t *testing.T) {
+	addr, _, _ := runVW(t, "VW_HOST=127.0.0.1")
+	_, port, _ := net.SplitHostPort(addr)
+	var stderr bytes.Buffer
+	got := run(t.Context(), []string{"stream"}, []string{"VW_HOST=127.0.0.1", "VW_PORT=" + port}, io.Discard, &stderr)
+	if got != 1 || !strings.Contains(stderr.String(), "port "+port+" is in use, by another vw or another program; VW_PORT sets another port") {
+		t.Errorf("got status %d, %q", got, &stderr)
 	}
 }
 

@@ -607,7 +607,42 @@ func decode(b []byte, v any) error {
 	if len(bytes.TrimSpace(b[d.InputOffset():])) > 0 {
 		return invalid("more after the end of the JSON, which is at byte %d", d.InputOffset()) // not what: it may be a secret
 	}
-	return nil
+	return checkTwice(b)
+}
+
+// checkTwice refuses a field that an object in b has twice, of which encoding/json
+// would take the last. b is JSON.
+func checkTwice(b []byte) error {
+	type object struct {
+		seen map[string]bool // nil: it is a list
+		name bool            // the next token is a field's name
+	}
+	open := []object{{}}
+	for d := json.NewDecoder(bytes.NewReader(b)); ; {
+		token, err := d.Token()
+		if err != nil {
+			return nil // the end
+		}
+		in := &open[len(open)-1]
+		name, isString := token.(string)
+		switch {
+		case token == json.Delim('{'):
+			in.name = in.seen != nil
+			open = append(open, object{make(map[string]bool), true})
+		case token == json.Delim('['):
+			in.name = in.seen != nil
+			open = append(open, object{})
+		case token == json.Delim('}'), token == json.Delim(']'):
+			open = open[:len(open)-1]
+		case isString && in.name:
+			if name = strings.ToLower(name); in.seen[name] {
+				return invalid("the field %.60q is there twice", name)
+			}
+			in.seen[name], in.name = true, false
+		default:
+			in.name = in.seen != nil
+		}
+	}
 }
 
 // invalidJSON says what is wrong with b, which should be a t, in the words of
@@ -633,13 +668,16 @@ func invalidJSON(err error, b []byte, t reflect.Type) error {
 		return invalid("%s must be %s", kind.Field, expected(field))
 	case unknown:
 		given := strings.Trim(name, `"`)
-		if meant := nearest(given, fieldNames(t)); edits(given, meant) <= 2 {
+		if meant := nearest(cmp.Or(otherWords[given], given), fieldNames(t)); edits(cmp.Or(otherWords[given], given), meant) <= 2 {
 			return invalid("unknown field %.60q; did you mean %q?", given, meant)
 		}
 		return invalid("unknown field %.60q; the fields are %s", given, strings.Join(fieldNames(t), ", "))
 	}
 	return invalid("%.200s", strings.TrimPrefix(err.Error(), "json: "))
 }
+
+// otherWords are what people call our fields.
+var otherWords = map[string]string{"sound": "audio", "picture": "video", "url": "destination"}
 
 // unexpected says where b stops being JSON, and why that may be.
 func unexpected(b []byte, err *json.SyntaxError) string {

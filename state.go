@@ -214,6 +214,9 @@ func openState(name string, log *slog.Logger) (*stateFile, ruleSet, error) {
 	if err != nil {
 		return nil, ruleSet{}, err
 	}
+	if err := checkState(name); err != nil {
+		return nil, ruleSet{}, err
+	}
 	lock, taken, unlocked := lockState(name)
 	var set ruleSet
 	if taken {
@@ -378,33 +381,31 @@ func lockState(name string) (lock *os.File, taken bool, err error) {
 	return lock, taken, err
 }
 
-// readState reads the state file called name.
+// checkState refuses a name that can be no state file, before a lock is left beside
+// it.
+func checkState(name string) error {
+	if _, err := os.Stat(name + ".lock"); err == nil {
+		return nil
+	}
+	_, _, err := loadState(name)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	folder := filepath.Dir(name)
+	if info, err := os.Stat(folder); errors.Is(err, fs.ErrNotExist) || err == nil && !info.IsDir() {
+		return fmt.Errorf("the folder %s does not exist", folder)
+	}
+	return nil
+}
+
+// readState reads the state file called name, makes it private, and makes one where
+// there is none.
 func readState(name string, log *slog.Logger) (ruleSet, error) {
-	info, err := os.Stat(name)
+	set, mode, err := loadState(name)
 	if errors.Is(err, fs.ErrNotExist) {
-		var none ruleSet
-		return none, writeState(name, none.encode())
+		return set, writeState(name, set.encode())
 	}
-	if err != nil {
-		return ruleSet{}, err
-	}
-	if !info.Mode().IsRegular() {
-		return ruleSet{}, fmt.Errorf("%s is not a regular file", name)
-	}
-	f, err := os.Open(name)
-	if err != nil {
-		return ruleSet{}, err
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxState+1))
-	if err != nil {
-		return ruleSet{}, err
-	}
-	if len(b) > maxState {
-		return ruleSet{}, fmt.Errorf("%s has more than %d bytes", name, maxState)
-	}
-	set, err := decodeState(b)
-	if mode := info.Mode().Perm(); err == nil && mode&0o077 != 0 && runtime.GOOS != "windows" {
+	if err == nil && mode&0o077 != 0 && runtime.GOOS != "windows" {
 		if err := os.Chmod(name, mode&0o700); err != nil {
 			log.Warn("VW_STATE: others can read the file, which may hold secrets", "mode", mode, "err", err)
 		} else {
@@ -412,6 +413,30 @@ func readState(name string, log *slog.Logger) (ruleSet, error) {
 		}
 	}
 	return set, err
+}
+
+// loadState returns what the state file called name has, and its mode.
+func loadState(name string) (set ruleSet, mode fs.FileMode, err error) {
+	info, err := os.Stat(name)
+	if err != nil {
+		return set, 0, err
+	}
+	if !info.Mode().IsRegular() {
+		return set, 0, fmt.Errorf("%s is not a regular file", name)
+	}
+	f, err := os.Open(name)
+	if err != nil {
+		return set, 0, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxState+1))
+	if err == nil && len(b) > maxState {
+		err = fmt.Errorf("%s has more than %d bytes", name, maxState)
+	}
+	if err == nil {
+		set, err = decodeState(b)
+	}
+	return set, info.Mode().Perm(), err
 }
 
 // unsyncedError: a file has its new content, but a power cut may undo that.

@@ -524,6 +524,15 @@ func TestStateFiles(t *testing.T) {
 	if got := third.allStreams()["stream/a"]; !slices.Equal(got, []string{"video0"}) {
 		t.Errorf("got %v", got)
 	}
+	os.WriteFile(filepath.Join(dir, "damaged"), []byte("rules\n"), 0o600)
+	for _, name := range []string{"damaged", "..", "none/state"} {
+		if err := newRules(t.Context(), newMux(), time.Second, discardLog).keep(filepath.Join(dir, name)); err == nil {
+			t.Errorf("%s: got no error", name)
+		}
+	}
+	if all, err := filepath.Glob(filepath.Join(dir, "[dn.]*.lock")); err != nil || len(all) > 0 {
+		t.Errorf("beside files that are refused: got %q, %v", all, err)
+	}
 	os.Symlink("loop", filepath.Join(dir, "loop"))
 	if err := newRules(t.Context(), newMux(), time.Second, discardLog).keep(filepath.Join(dir, "loop")); err == nil {
 		t.Error("a link to itself: got no error")
