@@ -147,7 +147,6 @@ func TestSOCKS(t *testing.T) {
 
 // TestE2ESOCKS: the same through a proxy that is not ours.
 func TestE2ESOCKS(t *testing.T) {
-	t.Parallel()
 	microsocks := needs(t, "microsocks")
 	if !inNamespace(t) {
 		return
