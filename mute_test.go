@@ -875,7 +875,7 @@ func TestMuteCodecs(t *testing.T) {
 }
 
 // TestMuteMany: a mute is in force on 1,000 destinations when its call returns,
-// which takes under 100 ms. A busy machine has its own tail: p99 is told.
+// which takes under 100 ms, but for one call in a hundred.
 func TestMuteMany(t *testing.T) {
 	wallClock(t)
 	notShort(t, "1,000 connections")
@@ -905,8 +905,8 @@ func TestMuteMany(t *testing.T) {
 	slices.Sort(took)
 	n := len(took)
 	t.Logf("of %d calls: median %v, p99 %v, slowest %v", n, took[n/2], took[n*99/100], took[n-1])
-	if took[n*9/10] > 100*time.Millisecond {
-		t.Errorf("p90 is %v, want 100 ms at most", took[n*9/10])
+	if p99 := took[n*99/100]; p99 > 100*time.Millisecond {
+		t.Errorf("p99 is %v, want 100 ms at most", p99)
 	}
 }
 

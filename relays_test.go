@@ -379,6 +379,9 @@ type chaosRelay struct {
 	addr   string
 	tls    *tls.Config
 	see    func([]byte) // called with each message; nil: not
+	saw    func([]byte) // called with what is read of a connection, under TLS; nil: not
+
+	accepted func(net.Conn) net.Conn // what the server of get and view has in place of a connection; nil: that
 
 	conns atomic.Int64
 	stall sync.RWMutex // held by a test: nothing is read
@@ -399,6 +402,9 @@ func (s *stalling) Read(p []byte) (int, error) {
 	n, err := s.Conn.Read(p[:min(len(p), 4096)])
 	s.r.stall.RLock()
 	defer s.r.stall.RUnlock()
+	if s.r.saw != nil {
+		s.r.saw(p[:n])
+	}
 	return n, err
 }
 
@@ -464,9 +470,33 @@ func (r *chaosRelay) decodes() {
 	decodes(r.t, name)
 }
 
+// serve makes s listen.
+func (r *chaosRelay) serve(s *server) *httptest.Server {
+	h := httptest.NewUnstartedServer(s)
+	if r.accepted != nil {
+		h.Listener = acceptingListener{h.Listener, r.accepted}
+	}
+	h.Start()
+	return h
+}
+
+// acceptingListener gives each connection to accepted.
+type acceptingListener struct {
+	net.Listener
+	accepted func(net.Conn) net.Conn
+}
+
+func (l acceptingListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err == nil {
+		c = l.accepted(c)
+	}
+	return c, err
+}
+
 // get makes the relay a reader of a path of s.
 func (r *chaosRelay) get(s *server, path string) {
-	h := httptest.NewServer(s)
+	h := r.serve(s)
 	end := r.end
 	body := make(chan io.Closer, 1)
 	var reading sync.WaitGroup
@@ -497,7 +527,7 @@ func (r *chaosRelay) get(s *server, path string) {
 
 // view makes r a viewer of path at s.
 func (r *chaosRelay) view(s *server, path string) {
-	h := httptest.NewServer(s)
+	h := r.serve(s)
 	c, err := websocket.Dial("ws"+strings.TrimPrefix(h.URL, "http")+path, "", h.URL)
 	if err != nil {
 		r.t.Fatal(err)
@@ -562,12 +592,8 @@ func bySwitch(t *testing.T, r *rules) func(bool) error {
 		t.Fatal(err)
 	}
 	return func(muted bool) error {
-		kinds := kindSet(0)
-		if muted {
-			kinds = muteSound
-		}
-		awaitEnds(r.mux.setMute(kinds))
-		return nil
+		_, err := r.setMute(muteRule{Audio: &muted}, handHere)
+		return err
 	}
 }
 
