@@ -194,7 +194,7 @@ function playMPEGTS(w, video, audio) {
   const player = mpegts.createPlayer({ type: 'mpegts', isLive: true, url: w.name }, {
     customLoader: Loader, deferLoadAfterSourceOpen: false, autoCleanupMaxBackwardDuration: 30, autoCleanupMinBackwardDuration: 10,
     // Near live: a little faster when it is late, and a jump when it is too late.
-    liveSync: true, liveSyncMaxLatency: 0.6, liveSyncTargetLatency: 0.35, liveSyncPlaybackRate: 1.1,
+    liveSync: true, liveSyncMaxLatency: 0.6, liveSyncTargetLatency: 0.35, liveSyncPlaybackRate: 1.2,
     liveBufferLatencyChasing: true, liveBufferLatencyMaxLatency: 1.2, liveBufferLatencyMinRemain: 0.3,
   });
   player.on(mpegts.Events.ERROR, () => retry(w, 1000));
