@@ -4,10 +4,16 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
+	"net/http"
 	"os/exec"
+	"path/filepath"
 	"slices"
+	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -908,6 +914,117 @@ func TestMuteMany(t *testing.T) {
 	if p99 := took[n*99/100]; p99 > 100*time.Millisecond {
 		t.Errorf("p99 is %v, want 100 ms at most", p99)
 	}
+}
+
+// TestE2EMuteKill: vw is killed at any moment of a loop of mutes and lifts. After
+// each restart what was answered last, or that was waited for, is muted before the
+// first byte goes out.
+func TestE2EMuteKill(t *testing.T) {
+	t.Parallel()
+	rounds := scaled(3, 10, 200)
+	file := filepath.Join(t.TempDir(), "state")
+	addr, calls, unanswered, muted := "", 0, 0, 0
+	want := []string{`{"audio":false,"video":false}`} // one of these
+	for range rounds {
+		var mu sync.Mutex
+		came := make(map[uint16]int)
+		relay := &chaosRelay{t: t, addr: addr, see: func(b []byte) {
+			mu.Lock()
+			defer mu.Unlock()
+			for pid, n := range payloadsByPID(b) {
+				came[pid] += n
+			}
+		}}
+		relay.start()
+		if addr == "" {
+			to := func(id id, of string) destinationRule {
+				return destinationRule{ID: id, Stream: of, Destination: "ws://" + relay.addr + "/"}
+			}
+			set := ruleSet{map[string][]string{"stream/x": {"f"}}, map[string]destinationRule{"0": to("0", "f"), "1": to("1", "stream/x")}, 0}
+			if err := writeState(file, set.encode()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		addr = relay.addr
+		vw := startVW(t, "VW_STATE="+file)
+		p := startPost(t, vw.addr, "f")
+		var posting sync.WaitGroup
+		posting.Go(func() { // until vw is killed
+			c := newCamera()
+			for c.sound = true; ; time.Sleep(5 * time.Millisecond) {
+				if _, err := p.chunks.Write(c.next()); err != nil {
+					return
+				}
+			}
+		})
+		got := vw.call(t, http.StatusOK, "GET", "/api/mute", "")
+		if !slices.Contains(want, got) {
+			t.Errorf("after %d calls: got %s, want one of %s", calls, got, want)
+		}
+		var now muteStatus
+		if err := json.Unmarshal([]byte(got), &now); err != nil {
+			t.Fatal(err)
+		}
+		if now.Audio || now.Video {
+			muted++
+		}
+		waitFor(t, "what is not muted", func() bool {
+			time.Sleep(10 * time.Millisecond)
+			mu.Lock()
+			defer mu.Unlock()
+			return relay.conns.Load() == 2 && (now.Audio || came[testAudio] > 20) && (now.Video || came[testVideo] > 20)
+		})
+		if now.Audio && now.Video {
+			time.Sleep(100 * time.Millisecond) // in which something would come
+		}
+		mu.Lock()
+		if now.Audio && came[testAudio] > 0 || now.Video && came[testVideo] > 0 {
+			t.Errorf("muted: %s, and there came packets by PID: %v", got, came)
+		}
+		mu.Unlock()
+		var killed sync.WaitGroup
+		killed.Go(func() {
+			time.Sleep(rand.N(60 * time.Millisecond))
+			vw.cmd.Process.Kill()
+		})
+		want = []string{got}
+		for {
+			body, after := "", now
+			switch on := rand.N(2) == 0; rand.N(3) {
+			case 0:
+				body, after.Audio = fmt.Sprintf(`{"audio":%v}`, on), on
+			case 1:
+				body, after.Video = fmt.Sprintf(`{"video":%v}`, on), on
+			default:
+				body, after.Audio, after.Video = fmt.Sprintf(`{"audio":%v,"video":%v}`, on, on), on, on
+			}
+			req, _ := http.NewRequest("PUT", vw.url+"/api/mute", strings.NewReader(body))
+			resp, err := http.DefaultClient.Do(req)
+			if err != nil {
+				want = append(want, string(encode(after)))
+				unanswered++
+				break
+			}
+			answer, _ := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			calls++
+			switch {
+			case resp.StatusCode == http.StatusOK:
+				want = nil
+			case resp.StatusCode != http.StatusAccepted && !strings.Contains(string(answer), "in force, not stored: "): // the disk is slow
+				t.Fatalf("%s: %s %s", body, resp.Status, answer)
+			}
+			now = after
+			want = append(want, string(encode(now)))
+		}
+		killed.Wait()
+		vw.kill(t)
+		vw.err = nil // as it should
+		http.DefaultClient.CloseIdleConnections()
+		posting.Wait()
+		relay.end()
+	}
+	t.Logf("%d kills, %d of them muted, %d calls answered, %d not", rounds, muted, calls, unanswered)
 }
 
 // microphoneAndCamera publishes video0 and audio0 at 25 frames/s until ctx is done.
