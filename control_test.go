@@ -4,8 +4,13 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
+	"math/rand/v2"
 	"net/http"
+	"net/http/httptest"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -156,6 +161,160 @@ func TestControlRoom(t *testing.T) {
 		if got := c.listMute(handHere); !got.Audio || got.Video != (i == 1) {
 			t.Errorf("%s has muted %+v", c.name, got)
 		}
+	}
+}
+
+// TestE2EControlRoom: three vw on one path of a relay that is not ours. One message
+// mutes all of them, each answers once with its name, and nobody answers the others.
+func TestE2EControlRoom(t *testing.T) {
+	t.Parallel()
+	_, relay := startTokenRelay(t, "127.0.0.1:0")
+	names := []string{"box1", "box2", "box3"}
+	var room []*vwProcess
+	for _, name := range names {
+		v := startVW(t, "VW_API=ws://"+relay+"/control", "VW_NAME="+name)
+		v.expect(t, 0, startupTime, `msg=connected dest=apiRule `)
+		room = append(room, v)
+	}
+	c := newController(t, "ws://"+relay+"/control")
+	// say sends a message, and returns the names of those who answer, and when the
+	// last of them did.
+	say := func(message string, n int) (heard []string, took time.Duration) {
+		start := time.Now()
+		c.send(t, message)
+		for _, a := range c.answers(t, n) {
+			var answer struct{ From, Error string }
+			if err := json.Unmarshal([]byte(a), &answer); err != nil || answer.Error != "" {
+				t.Errorf("%s: got %s, %v", message, a, err)
+			}
+			heard = append(heard, answer.From)
+		}
+		slices.Sort(heard)
+		return heard, time.Since(start)
+	}
+	var took []time.Duration
+	for i := range scaled(10, 40, 1000) {
+		muted := i%2 == 0
+		heard, last := say(fmt.Sprintf(`{"verb":"mute","rule":{"audio":%v}}`, muted), len(names))
+		if took = append(took, last); !slices.Equal(heard, names) {
+			t.Fatalf("mute %d: got answers from %v, want one from each of %v", i, heard, names)
+		}
+		if i > 1 {
+			continue
+		}
+		for _, v := range room {
+			want := map[bool]string{true: `{"audio":true,"video":false,"by":{"audio":["control"]}}`, false: `{"audio":false,"video":false}`}[muted]
+			if got := v.call(t, http.StatusOK, "GET", "/api/mute", ""); got != want {
+				t.Errorf("mute %d: got %s, want %s", i, got, want)
+			}
+		}
+	}
+	if heard, _ := say(`{"verb":"mute","rule":{"video":true},"to":"box2"}`, 1); heard[0] != "box2" {
+		t.Errorf("to box2: got an answer from %s", heard[0])
+	}
+	if heard, _ := say(`{"verb":"list","what":"mute"}`, len(names)); !slices.Equal(heard, names) { // nothing else was said
+		t.Errorf("at the end: got answers from %v, want one from each of %v", heard, names)
+	}
+	slices.Sort(took)
+	n := len(took)
+	t.Logf("the last of three answers to %d messages: median %v, p99 %v, slowest %v", n, took[n/2], took[n*99/100], took[n-1])
+}
+
+// TestControlCannotLift: what is muted here stays so whatever the control link says,
+// a destination to vw's own API and feeds among it.
+func TestControlCannotLift(t *testing.T) {
+	r, ctx, tasks := realRules(t, io.Discard)
+	s := newServer(ctx, r, "", discardLog)
+	self := httptest.NewServer(s)
+	t.Cleanup(self.Close)
+	var pictures, sounds atomic.Int64
+	look := func(b []byte) {
+		for p := range slices.Chunk(b, packetSize) {
+			switch id, _, ok := pesStart(packet(p).payload()); {
+			case ok && isVideoID(id):
+				pictures.Add(1)
+			case ok:
+				sounds.Add(1)
+			}
+		}
+	}
+	relay := &chaosRelay{t: t, see: look}
+	relay.start()
+	if got := ask(s, `PUT /api/mute {"audio":true}`); got != `200 {"audio":true,"video":false}` {
+		t.Fatal(got)
+	}
+	tasks.Go(func() { load(ctx, r, "both") })
+	tasks.Go(func() { load(ctx, r, "audio0") })
+	readers := make(map[string]*subscriber)
+	for _, name := range []string{"both", "audio0", "loop", "stream/x", "stream/y"} {
+		readers[name] = newSubscriber(raw, time.Minute, nil)
+		r.mux.join(name, readers[name])
+	}
+	host := strings.TrimPrefix(self.URL, "http://")
+	commands := []string{
+		`{"verb":"mute","rule":{"audio":false}}`,
+		`{"verb":"mute","rule":{"audio":false,"video":false}}`,
+		`{"verb":"mute","rule":{"audio":false,"control":false}}`,
+		`{"verb":"mute","rule":{"audio":false,"control":true}}`,
+		`{"verb":"mute","rule":{"audio":null,"video":false}}`,
+		`{"verb":"mute","rule":{"audio":false},"by":"here"}`,
+		`{"verb":"mute","rule":{"audio":true}}`,
+		`{"verb":"mute","what":"here","rule":{"audio":false}}`,
+		`{"verb":"add","what":"mute","rule":{"audio":false}}`,
+		`{"verb":"delete","what":"mute","which":"all"}`,
+		`{"verb":"add","what":"stream","rule":{"stream":"stream/x","feeds":["both","audio0","loop"]}}`,
+		`{"verb":"add","what":"stream","rule":{"stream":"stream/y","with":["audio0"]}}`,
+		`{"verb":"add","what":"stream","rule":{"stream":"stream/y","feeds":["audio0"]}}`,
+		`{"verb":"delete","what":"stream","which":"all"}`,
+		`{"verb":"delete","what":"destination","which":"all"}`,
+	}
+	for id, to := range []string{
+		"ws://" + relay.addr, "ws://" + host + "/in/loop", "ws://" + host + "/api/mute", "ws://" + host + "/out/both", self.URL + "/api/mute", self.URL + "/api/mute/",
+		self.URL + `/api/mute?audio=false`, self.URL + "/api/streams", self.URL + "/ts/loop",
+	} {
+		for _, of := range []string{"both", "audio0", "loop", "stream/x"} {
+			token := ""
+			if to[0] == 'h' {
+				token = `,"token":"{\"audio\":false}","headers":{"Content-Type":"application/json"}`
+			}
+			commands = append(commands, fmt.Sprintf(`{"verb":"add","what":"destination","rule":{"id":"%d","stream":"%s","destination":"%s"%s}}`, id, of, to, token))
+		}
+	}
+	for i := range scaled(100, 300, 1000) {
+		c := commands[rand.N(len(commands))]
+		if i < len(commands) {
+			c = commands[i]
+		}
+		for range s.commands.answers([]byte(c), nil) {
+		}
+		if i%50 == 0 {
+			r.to(t, "seen", "stream/x", "ws://"+relay.addr)
+			if _, err := r.setStream(streamRule{"stream/x", []string{"both", "audio0"}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(2 * time.Millisecond)
+		for _, sub := range readers {
+			n := 0
+			for _, b := range sub.take(nil, 16<<20, false, time.Now()) {
+				look(b)
+				n += len(b)
+			}
+			sub.wrote(n)
+		}
+		if got := s.commands.listMute(handHere); !got.Audio {
+			t.Fatalf("%s: got %+v, want it to stay muted", c, got)
+		}
+	}
+	if sounds.Load() > 0 || pictures.Load() < 100 {
+		t.Errorf("got %d sounds and %d pictures, want none and many", sounds.Load(), pictures.Load())
+	}
+	if got := ask(s, "GET /api/mute"); !strings.Contains(got, `"audio":true`) || strings.Contains(got, `"audio":["control"]`) {
+		t.Errorf("at the end: got %s, want what is muted here", got)
+	}
+	for name, sub := range readers {
+		r.mux.leave(name, sub)
+		sub.end()
 	}
 }
 
