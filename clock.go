@@ -34,6 +34,8 @@ const (
 	lookAhead = second * 22 / 1000 // an AAC encoder keeps one frame back
 	maxTail   = second * 3 / 2     // sound that is longer would be too late, and sound with pauses is not
 
+	leastApart = second / 1000 // DTS of a track: ffmpeg rounds those of sound to its samples
+
 	lead = second / 5 // by which what goes out is ahead of the PCR
 
 	// A PES whose DTS would be later than maxLate behind now is too late. That
@@ -605,10 +607,11 @@ func (t *trackClock) emit(out *ticks, end, now ticks, key bool) fate {
 	if !t.seam {
 		floor -= (floor - t.out) / maxSlew
 	}
-	if squeezed := t.out + t.scaled(t.period)/4; !t.seam {
-		*out = max(*out, min(squeezed, end-t.behind+2*early))
+	most := end - t.behind + 2*early
+	if squeezed := t.out + min(t.scaled(t.period), t.gap)/4; !t.seam {
+		*out = max(*out, min(squeezed, most))
 	}
-	*out = max(*out, min(floor, end-t.behind+early), t.out+1)
+	*out = max(*out, min(floor, most), t.out+leastApart)
 	switch {
 	case *out > now+maxAhead:
 		return fateInvalid

@@ -61,7 +61,7 @@ func (sim *simulation) run(frames []simFrame) {
 // check holds what goes out now to the rules.
 func (sim *simulation) check(s stamp, now ticks) {
 	problem := func(format string, args ...any) { sim.problems = append(sim.problems, fmt.Sprintf(format, args...)) }
-	if last, ok := sim.last[s.track]; ok && s.dts <= last {
+	if last, ok := sim.last[s.track]; ok && s.dts < last+leastApart {
 		problem("DTS %d after %d", s.dts, last)
 	}
 	sim.last[s.track] = s.dts
