@@ -107,7 +107,10 @@ func (e briefError) Unwrap() error { return e.error }
 func secure(ctx context.Context, conn net.Conn, host string, roots *x509.CertPool) (*tls.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
-	host, _, _ = strings.Cut(host, "%") // the zone of an IPv6 address is ours alone
+	host, _, _ = strings.Cut(host, "%")     // the zone of an IPv6 address is ours alone
+	if _, over := conn.(*tls.Conn); !over { // what TLS has taken, it has to write
+		conn = &transport{Conn: conn}
+	}
 	secured := tls.Client(conn, &tls.Config{
 		ServerName: host, RootCAs: roots, MinVersion: tls.VersionTLS12,
 		NextProtos: []string{"http/1.1"}, DynamicRecordSizingDisabled: true,

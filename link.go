@@ -55,7 +55,9 @@ type link struct {
 	in      *inbox        // what the other side sends; nil if the link only sends
 	out     form          // of the frames that it sends
 	tcp     *net.TCPConn  // below Conn; nil if there is none
-	resumes bool          // a write that a deadline ends can go on: TCP, but not TLS
+	below   *transport    // below TLS; nil: none
+	plain   bool          // Conn is no TLS, nor HTTP
+	resumes bool          // a write that a deadline ends can go on: all but TLS in TLS, and HTTP
 	pings   time.Duration // how often the other side, and proxies on the way, get a sign of life; 0: never
 	refresh func() bool   // sends what a stream can send without media, or reports false; nil but on GET /ts
 	silence time.Duration // the longest time between two reads; 0: any
@@ -104,11 +106,15 @@ func newLink(conn net.Conn, in *inbox, log *slog.Logger) *link {
 	if in == nil {
 		return l
 	}
-	_, secure := conn.(*tls.Conn)
-	l.resumes, l.pings, l.out = !secure, pingEvery, bare
+	secured, secure := conn.(*tls.Conn)
+	if secure {
+		l.below, _ = secured.NetConn().(*transport)
+	}
+	l.plain, l.resumes = !secure, !secure || l.below != nil
 	if l.resumes {
 		l.direct = newDirectWriter(l.wire)
 	}
+	l.pings, l.out = pingEvery, bare
 	if in.from == bare { // a server
 		l.out, l.silence = masked, maxSilence
 	}
@@ -126,6 +132,8 @@ func tcpBelow(conn net.Conn) *net.TCPConn {
 			return c
 		case *tls.Conn:
 			conn = c.NetConn()
+		case *transport:
+			conn = c.Conn
 		default:
 			return nil
 		}
@@ -141,6 +149,9 @@ func (l *link) subscribe(maxAge time.Duration) *subscriber {
 	l.maxAge = maxAge
 	s := newSubscriber(l.out, maxAge, interrupt)
 	l.wake = s.wake
+	if l.below != nil {
+		l.below.keep(l.direct, s.wake)
+	}
 	return s
 }
 
@@ -409,7 +420,7 @@ func (l *link) sendControl(ctx context.Context, frame []byte) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	if n, err := l.Conn.Write(frame); err != nil {
+	if n, err := l.writeFrame(frame); err != nil {
 		l.torn = n > 0
 		return withoutAddresses(err)
 	}
@@ -430,19 +441,20 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber, start time.Time) er
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		if s.isReplaying() && s.holdsReplay(l.wire.unacked(), start) {
-			time.AfterFunc(replayLook, s.wake)
-			return nil
-		}
-		l.iov = s.take(l.iov[:0], l.batch(), !l.resumes, start.Add(l.lateness(s, start)))
-		if len(l.iov) == 0 {
-			if s.drained() {
-				return errTakenOver
+		if l.iov = l.iov[:0]; !l.below.holds() {
+			if s.isReplaying() && s.holdsReplay(l.wire.unacked(), start) {
+				time.AfterFunc(replayLook, s.wake)
+				return nil
 			}
-			return nil
+			l.iov = s.take(l.iov, l.batch(), !l.plain, start.Add(l.lateness(s, start)))
+			if len(l.iov) == 0 {
+				if s.drained() {
+					return errTakenOver
+				}
+				return nil
+			}
 		}
-		n, err := l.write()
-		p := s.wrote(n)
+		n, p, err := l.writeTaken(s)
 		if err != nil || p.stopped {
 			l.armed = time.Time{}
 		}
@@ -455,7 +467,7 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber, start time.Time) er
 		switch {
 		case err == nil || n > 0:
 			l.stalled, l.sent = time.Time{}, start
-			if p.partial {
+			if p.partial || l.below.holds() {
 				l.written.Add(uint64(n))
 			}
 		case p.stopped:
@@ -464,10 +476,23 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber, start time.Time) er
 		case time.Since(l.stalled) >= maxStall:
 			return fmt.Errorf("write: no progress for %v", maxStall)
 		}
-		if !p.partial {
+		if !p.partial && !l.below.holds() {
 			return nil
 		}
 	}
+}
+
+// writeTaken writes l.iov, and below TLS what is left of it and of what was written
+// before. n is how many bytes the kernel took, or TLS if it was all at once.
+func (l *link) writeTaken(s *subscriber) (n int, p progress, err error) {
+	if len(l.iov) > 0 {
+		n, err = l.write()
+		p = s.wrote(n)
+	}
+	if err == nil && l.below.holds() {
+		n, err = l.below.flush()
+	}
+	return n, p, err
 }
 
 // patience is how long one write may take.
@@ -503,18 +528,37 @@ func (l *link) isFast(now time.Time) bool {
 // writeNow writes for a publisher what the connection takes of b at once, and
 // returns how many bytes that is.
 func (l *link) writeNow(b []byte, now time.Time) int {
-	if !l.isFast(now) {
+	switch {
+	case len(b) > maxDirect || !l.isFast(now):
 		return 0
+	case l.plain:
+		return l.direct.write(b)
 	}
-	return l.direct.write(b)
+	n := 0
+	for n < len(b) && !l.below.holds() {
+		done, err := l.Conn.Write(b[n:min(n+maxRecord, len(b))])
+		if n += done; err != nil {
+			break
+		}
+	}
+	return n
 }
 
 // batch returns the most bytes in one write: less where these would take long.
 func (l *link) batch() int {
-	if !l.resumes || l.pace.delay > 0 {
+	if !l.plain || l.pace.delay > 0 {
 		return maxRecord
 	}
 	return maxBatch
+}
+
+// writeFrame writes a frame, and waits until the kernel has it.
+func (l *link) writeFrame(b []byte) (int, error) {
+	n, err := l.Conn.Write(b)
+	if err == nil && l.below.holds() {
+		_, err = l.below.flush()
+	}
+	return n, err
 }
 
 // write hands l.iov to the connection: one writev, or one write of a record.
@@ -522,7 +566,7 @@ func (l *link) write() (int, error) {
 	if len(l.iov) == 1 {
 		return l.Conn.Write(l.iov[0])
 	}
-	if l.resumes {
+	if l.plain {
 		l.vec = l.iov
 		n, err := l.vec.WriteTo(l.Conn)
 		return int(n), err
@@ -570,7 +614,7 @@ func (l *link) close(why error, s *subscriber, gone, removed <-chan struct{}, qu
 func (l *link) finish(why error, s *subscriber) bool {
 	status := closeStatus(why)
 	l.SetWriteDeadline(time.Now().Add(closeTimeout))
-	torn := l.torn
+	torn := l.torn || l.below.holds() && status != 1001
 	if l.iov = s.unfinished(l.iov[:0]); len(l.iov) > 0 {
 		torn = torn || status != 1001 || !l.resumes
 		if !torn {
@@ -592,7 +636,7 @@ func (l *link) abort() {
 
 // sendClose writes a close frame. RFC 6455 5.5.1.
 func (l *link) sendClose(status uint16) error {
-	_, err := l.Conn.Write(appendFrame(nil, opClose, binary.BigEndian.AppendUint16(nil, status), l.out))
+	_, err := l.writeFrame(appendFrame(nil, opClose, binary.BigEndian.AppendUint16(nil, status), l.out))
 	return err
 }
 

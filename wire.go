@@ -6,7 +6,9 @@
 package main
 
 import (
+	"errors"
 	"net"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -17,6 +19,9 @@ const (
 	pressedLooks = 3        // in a row: not only a keyframe that is on its way
 	maxBatch     = 64 << 10 // bytes in one writev
 	maxRecord    = 16 << 10 // bytes in one TLS record. RFC 8446 5.1
+	maxDirect    = 48 << 10 // bytes that a publisher writes: who has more at once keeps several processors busy
+
+	maxKept = 2 << 20 // bytes below TLS: a message, and what else it may owe
 
 	paceEvery = 20 * time.Millisecond  // for how fast bytes go
 	calmEvery = 100 * time.Millisecond // while that does not matter
@@ -94,6 +99,76 @@ func (d *directWriter) write(b []byte) int {
 	d.conn.Control(d.send)
 	d.b = nil
 	return d.n
+}
+
+// transport is a connection below TLS. TLS cannot go on after a write that a
+// deadline ended, so a transport that keeps never waits in one: what the kernel
+// does not take at once it keeps, for flush, which can. Safe for concurrent use:
+// TLS writes from the goroutine that reads, too.
+type transport struct {
+	net.Conn
+
+	mu     sync.Mutex
+	keeps  bool
+	direct *directWriter // nil: all is kept
+	kept   []byte
+	wake   func() // called when something is kept
+}
+
+// keep makes t keep from now on, and call wake when it does. Without direct
+// everything is kept.
+func (t *transport) keep(direct *directWriter, wake func()) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.keeps, t.direct, t.wake = true, direct, wake
+}
+
+// Write is called by TLS, with whole records.
+func (t *transport) Write(b []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.keeps {
+		return t.Conn.Write(b)
+	}
+	n := 0
+	if len(t.kept) == 0 && t.direct != nil {
+		n = t.direct.write(b)
+	}
+	if n < len(b) {
+		if len(t.kept) > maxKept {
+			return n, errors.New("TLS: too much to answer")
+		}
+		t.kept = append(t.kept, b[n:]...)
+		t.wake()
+	}
+	return len(b), nil
+}
+
+// holds reports whether something is kept; of a nil transport nothing is.
+func (t *transport) holds() bool {
+	if t == nil {
+		return false
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.kept) > 0
+}
+
+// flush writes what is kept, and returns how many bytes of it. It waits, until the
+// deadline for writes. One goroutine at a time calls it.
+func (t *transport) flush() (n int, err error) {
+	for t.holds() && err == nil {
+		t.mu.Lock()
+		b := t.kept
+		t.mu.Unlock()
+		var done int
+		done, err = t.Conn.Write(b) // meanwhile, what TLS writes is kept behind it
+		t.mu.Lock()
+		t.kept = t.kept[:copy(t.kept, t.kept[done:])]
+		t.mu.Unlock()
+		n += done
+	}
+	return n, err
 }
 
 // pace estimates how late what is written now will arrive: after all that the
