@@ -211,6 +211,9 @@ func TestBrokenPipe(t *testing.T) {
 			t.Errorf("got %s", got)
 		}
 	}
+	if got := httpCall(t, "GET", "http://"+addr+"/healthcheck", ""); got != `"ok"` {
+		t.Errorf("healthcheck: got %s", got)
+	}
 	cmd.Process.Signal(syscall.SIGTERM)
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("vw ended with %v, want status 0", err)

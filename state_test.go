@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -541,11 +542,96 @@ func TestStateFiles(t *testing.T) {
 
 // TestE2EStateKill: vw is killed at any moment while rules change; after each
 // restart the rules are those that a caller was told last, or that he was
-// waiting to be told.
+// waiting to be told, or where he was told that they are not stored, older ones.
 func TestE2EStateKill(t *testing.T) {
 	t.Parallel()
-	rounds := scaled(30, 200, 200)
-	file := filepath.Join(t.TempDir(), "state")
+	for _, tt := range []struct {
+		name   string
+		rounds int
+		file   func(t *testing.T) string
+	}{
+		{"file", scaled(30, 200, 200), func(t *testing.T) string { return filepath.Join(t.TempDir(), "state") }},
+		{"link", scaled(3, 20, 200), func(t *testing.T) string {
+			link := filepath.Join(t.TempDir(), "link")
+			if err := os.Symlink(filepath.Join(t.TempDir(), "state"), link); err != nil {
+				t.Fatal(err)
+			}
+			return link
+		}},
+		{"full disk", scaled(3, 20, 200), smallDisk},
+		{"read-only folder", scaled(3, 20, 200), readOnlyFolder},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			refused := killRounds(t, tt.file(t), tt.rounds)
+			if fails := tt.name == "full disk" || tt.name == "read-only folder"; (refused > 0) != fails {
+				t.Errorf("%d changes were refused", refused)
+			}
+		})
+	}
+}
+
+// mount mounts something on dir until the test ends.
+func mount(t *testing.T, dir string, args ...string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("left out: only root may mount")
+	}
+	if out, err := exec.Command(needs(t, "mount"), append(args, dir)...).CombinedOutput(); err != nil {
+		t.Fatalf("mount %v: %v: %s", args, err, out)
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command("umount", dir).CombinedOutput(); err != nil {
+			t.Errorf("umount: %v: %s", err, out)
+		}
+	})
+}
+
+// smallDisk returns the name of a state file on a disk that is full again and again.
+func smallDisk(t *testing.T) string {
+	dir := t.TempDir()
+	mount(t, dir, "-t", "tmpfs", "-o", "size=8k", "vwtest")
+	var filling sync.WaitGroup
+	end := make(chan struct{})
+	filling.Go(func() {
+		other := filepath.Join(dir, "other")
+		for full := true; ; full = !full {
+			select {
+			case <-end:
+				os.Remove(other)
+				return
+			case <-time.After(rand.N(10 * time.Millisecond)):
+			}
+			if full {
+				os.WriteFile(other, make([]byte, 4<<10), 0o600)
+			} else {
+				os.Remove(other)
+			}
+		}
+	})
+	t.Cleanup(func() {
+		close(end)
+		filling.Wait()
+	})
+	file := filepath.Join(dir, "state")
+	eventually(t, settleTime, func() error { return writeState(file, ruleSet{}.encode()) })
+	return file
+}
+
+// readOnlyFolder returns the name of a state file that cannot be replaced.
+func readOnlyFolder(t *testing.T) string {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "state")
+	if err := writeState(file, ruleSet{}.encode()); err != nil {
+		t.Fatal(err)
+	}
+	mount(t, dir, "--bind", "-o", "ro", dir)
+	return file
+}
+
+// killRounds starts a vw with a state file, changes its rules and kills it, again and
+// again. It returns how many changes were refused.
+func killRounds(t *testing.T, file string, rounds int) (refused int) {
 	want := []string{"{}{}"} // one of these
 	changes, unanswered := 0, 0
 	for range rounds {
@@ -577,10 +663,12 @@ func TestE2EStateKill(t *testing.T) {
 			switch {
 			case resp.StatusCode == http.StatusOK:
 				unstored = nil
-			case resp.StatusCode == http.StatusAccepted: // the disk is slow, and known for it
+			case resp.StatusCode == http.StatusAccepted, // the disk is slow, and known for it
+				strings.Contains(string(answer), "in force, not stored: "):
 				unstored = append(unstored, before)
-			case strings.Contains(string(answer), "in force, not stored: "): // the disk is slow
-				unstored = append(unstored, before)
+			case strings.Contains(string(answer), "nothing has changed: "):
+				model = newModel(t, before)
+				refused++
 			default:
 				t.Fatalf("%s %s %s: %s", method, path, body, resp.Status)
 			}
@@ -590,7 +678,8 @@ func TestE2EStateKill(t *testing.T) {
 		vw.err = nil // as it should
 		http.DefaultClient.CloseIdleConnections()
 	}
-	t.Logf("%d kills, %d changes answered, %d not", rounds, changes, unanswered)
+	t.Logf("%d kills, %d changes answered, %d of them refused, %d not answered", rounds, changes, refused, unanswered)
+	return refused
 }
 
 // ruleModel is what the rules should be.
