@@ -64,8 +64,19 @@ func (all stats) problem(source string) string {
 		return "nobody publishes a feed of the stream"
 	case !isStream(source) && (feed == nil || feed.Publisher == nil):
 		return "nobody publishes the feed"
+	case isStream(source) && all.mutes(stream.Present) || !isStream(source) && all.mutes([]string{source}):
+		return "all of it is muted"
 	}
 	return ""
+}
+
+// mutes reports whether the mute switch leaves nothing of what feeds have: while one
+// kind is muted only what is known to be of the other goes out.
+func (all stats) mutes(feeds []string) bool {
+	goesOut := map[string]bool{soundTrack.String(): !all.Mute.Audio, pictureTrack.String(): !all.Mute.Video}
+	return (all.Mute.Audio || all.Mute.Video) && !slices.ContainsFunc(feeds, func(f string) bool {
+		return slices.ContainsFunc(all.Feeds[f].Tracks, func(t trackStats) bool { return goesOut[t.Kind] })
+	})
 }
 
 // version is what go build knows of the source.

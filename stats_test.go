@@ -57,6 +57,47 @@ func TestCodecs(t *testing.T) {
 	}
 }
 
+// TestProblem: why there is nothing to send though the connection is open.
+func TestProblem(t *testing.T) {
+	feed := func(kinds ...string) *feedStats {
+		f := &feedStats{Publisher: &publisherStats{}}
+		for _, k := range kinds {
+			f.Tracks = append(f.Tracks, trackStats{Kind: k})
+		}
+		return f
+	}
+	all := stats{
+		Feeds: map[string]*feedStats{"both": feed("video", "audio"), "audio0": feed("audio"), "data0": feed("data"), "absent": {}},
+		Streams: map[string]*streamStats{
+			"stream/both": {Feeds: []string{"both"}, Present: []string{"both"}}, "stream/two": {Feeds: []string{"audio0", "both"}, Present: []string{"audio0", "both"}},
+			"stream/sound": {Feeds: []string{"audio0", "absent"}, Present: []string{"audio0"}}, "stream/none": {}, "stream/absent": {Feeds: []string{"absent"}},
+		},
+	}
+	const muted = "all of it is muted"
+	for _, tt := range []struct {
+		source                              string
+		want, soundMuted, pictureMuted, off string
+	}{
+		{"both", "", "", "", muted},
+		{"audio0", "", muted, "", muted},
+		{"data0", "", muted, muted, muted},
+		{"absent", "nobody publishes the feed", "nobody publishes the feed", "nobody publishes the feed", "nobody publishes the feed"},
+		{"stream/both", "", "", "", muted},
+		{"stream/two", "", "", "", muted},
+		{"stream/sound", "", muted, "", muted},
+		{"stream/none", "the stream has no feeds", "the stream has no feeds", "the stream has no feeds", "the stream has no feeds"},
+		{"stream/absent", "nobody publishes a feed of the stream", "nobody publishes a feed of the stream", "nobody publishes a feed of the stream", "nobody publishes a feed of the stream"},
+		{"stream/unknown", "no such stream", "no such stream", "no such stream", "no such stream"},
+	} {
+		for i, want := range []string{tt.want, tt.soundMuted, tt.pictureMuted, tt.off} {
+			all.Mute = muteStatus{Audio: i&1 != 0, Video: i&2 != 0}
+			if got := all.problem(tt.source); got != want {
+				t.Errorf("%s, muted %+v: got %q, want %q", tt.source, all.Mute, got, want)
+			}
+		}
+	}
+}
+
 // TestFeedStats: every state of a feed, and its figures.
 func TestFeedStats(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
