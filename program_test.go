@@ -17,6 +17,7 @@ import (
 	"image"
 	"io"
 	"math"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -471,6 +472,66 @@ func TestProgramPlayer(t *testing.T) {
 	look()
 	for _, line := range b.console {
 		t.Errorf("console: %s", line)
+	}
+}
+
+// TestProgramPlayerMutes: JSMpeg and mpegts.js go on through ten mutes and lifts of
+// the sound and of the picture, and what a relay recorded meanwhile decodes without a
+// complaint. It is one of the long ones.
+func TestProgramPlayerMutes(t *testing.T) {
+	if !*long {
+		return
+	}
+	npmPlayers(t)
+	for _, tt := range []struct {
+		name, page   string
+		video, audio []string
+	}{
+		{"JSMpeg", "/", videoCodec, audioCodec},
+		{"mpegts.js", "/mpegts.html", liveCodec, aacCodec},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := startStream(t, 2)
+			ffmpegs := []*process{
+				startFFmpeg(t, realTime, videoInput, tt.video, []string{feedURL(s.vw.addr, 0)}),
+				startFFmpeg(t, realTime, audioInput, tt.audio, []string{feedURL(s.vw.addr, 1)}),
+			}
+			b := startBrowser(t)
+			b.open(t, servePage(t, s.vw)+tt.page+"?stream/test")
+			type snapshot struct{ Video, Audio, Ended int }
+			look := func() (s snapshot) {
+				t.Helper()
+				b.evaluate(t, "snapshot()", &s)
+				return s
+			}
+			goesOn := func(what string) { // both are decoded
+				t.Helper()
+				from := look()
+				eventually(t, 15*time.Second, func() error {
+					if got := look(); got.Video < from.Video+15 || got.Audio < from.Audio+15 || got.Ended != 0 {
+						return fmt.Errorf("%s: decoded %+v since %+v", what, got, from)
+					}
+					return nil
+				})
+			}
+			goesOn("at first")
+			for i := range 10 {
+				for _, kind := range []string{"audio", "video"} {
+					s.vw.call(t, http.StatusOK, "PUT", "/api/mute", fmt.Sprintf(`{%q:true}`, kind))
+					time.Sleep(rand.N(1500 * time.Millisecond))
+					s.vw.call(t, http.StatusOK, "PUT", "/api/mute", fmt.Sprintf(`{%q:false}`, kind))
+					goesOn(fmt.Sprintf("after mute %d of the %s", i, kind))
+				}
+			}
+			for _, line := range b.console {
+				t.Errorf("console: %s", line)
+			}
+			for _, p := range append(ffmpegs, b.process) {
+				p.stop(t)
+			}
+			s.await(t, func(programCheck) error { return nil }).valid(t)
+			decodes(t, s.record())
+		})
 	}
 }
 
