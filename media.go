@@ -58,14 +58,15 @@ func (m *media) publish(r *http.Request, interrupt func()) (begun bool, err erro
 	}
 	defer onDone(m.ctx, interrupt)()
 	log := m.log.With("feed", name, "remote", r.RemoteAddr)
-	p, start, earlier := newPublisher(r, interrupt), time.Now(), 0
+	p, start, isOneOfMany := newPublisher(r, interrupt), time.Now(), false
 	p.begun = func() {
 		begun = true
 		m.door.settle(r)
-		switch earlier = m.series.length(name, start); {
-		case earlier < fewShort:
+		var first bool
+		switch isOneOfMany, first = m.series.goesOn(name, start); {
+		case !isOneOfMany:
 			log.Info("publisher arrived", "agent", p.agent)
-		case earlier == fewShort:
+		case first:
 			log.Warn("the feed comes in many short requests, and its frames break where they end; more of them are not logged: "+
 				"send one request without an end (GStreamer: curlhttpsink)", "agent", p.agent)
 		}
@@ -82,10 +83,12 @@ func (m *media) publish(r *http.Request, interrupt func()) (begun bool, err erro
 	if err != nil {
 		log = log.With("err", err)
 	}
-	if begun && earlier < fewShort {
+	if begun && !isOneOfMany {
 		log.Info("publisher left")
 	}
-	m.series.note(name, start, begun && err == nil)
+	if begun || err == nil {
+		m.series.note(name, start, err == nil)
+	}
 	return begun, err
 }
 
@@ -138,33 +141,38 @@ type series struct {
 type shortRequests struct {
 	n    int
 	last time.Time // when the last of them ended
+	told bool      // and the log was
 }
 
-// length returns how many short requests of a feed came in a row before now.
-func (s *series) length(feed string, now time.Time) int {
+// goesOn reports whether so many short requests of a feed came in a row before now
+// that they are not logged one by one, and whether this is to be told first.
+func (s *series) goesOn(feed string, now time.Time) (goesOn, first bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if f := s.feeds[feed]; now.Sub(f.last) <= seriesPause {
-		return f.n
+	f := s.feeds[feed]
+	if f.n < fewShort || now.Sub(f.last) > seriesPause {
+		return false, false
 	}
-	return 0
+	first, f.told = !f.told, true
+	s.feeds[feed] = f
+	return true, first
 }
 
 // note takes note of a request that ends now. whole says that it did so properly.
 func (s *series) note(feed string, start time.Time, whole bool) {
-	n, now := s.length(feed, start), time.Now()
+	now := time.Now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	maps.DeleteFunc(s.feeds, func(_ string, f shortRequests) bool { return now.Sub(f.last) > seriesPause })
 	if !whole || now.Sub(start) > shortRequest {
 		delete(s.feeds, feed)
 		return
 	}
-	maps.DeleteFunc(s.feeds, func(_ string, f shortRequests) bool { return now.Sub(f.last) > seriesPause })
 	if s.feeds == nil {
 		s.feeds = make(map[string]shortRequests)
 	}
-	if n > 0 || len(s.feeds) < maxPublishers {
-		s.feeds[feed] = shortRequests{n + 1, now}
+	if f, known := s.feeds[feed]; known || len(s.feeds) < maxPublishers {
+		s.feeds[feed] = shortRequests{f.n + 1, now, f.told}
 	}
 }
 

@@ -81,12 +81,16 @@ func TestShortRequests(t *testing.T) {
 		log := &logBuffer{}
 		r := newRules(t.Context(), newMux(), time.Second, slog.New(slog.NewTextHandler(log, nil)))
 		s := newServer(t.Context(), r, "", r.log)
-		clip := string(testClip(12, 1000))
-		post := func(pause time.Duration, n int) (lines string) {
+		whole, clip := testClip(12, 1000), testClip(500, 5000)
+		buffer := func() (b []byte) { // some have no frame that begins
+			b, clip = clip[:7*packetSize], clip[7*packetSize:]
+			return b
+		}
+		post := func(pause time.Duration, n int, body func() []byte) (lines string) {
 			t.Helper()
 			told := log.len()
 			for range n {
-				if got := ask(s, "POST /ts/video0 "+clip); got != `200 "ok"` {
+				if got := ask(s, "POST /ts/video0 "+string(body())); got != `200 "ok"` {
 					t.Fatalf("got %s", got)
 				}
 				time.Sleep(pause)
@@ -94,15 +98,15 @@ func TestShortRequests(t *testing.T) {
 			return log.String()[told:]
 		}
 		count := func(lines, word string) int { return strings.Count(lines, word) }
-		got := post(40*time.Millisecond, 500)
-		if count(got, "\n") != 2*fewShort+1 || count(got, "publisher left feed=video0") != 0 || count(got, "level=WARN") != 1 || count(got, "curlhttpsink") != 1 {
+		got := post(40*time.Millisecond, 500, buffer)
+		if count(got, "\n") > 2*fewShort+1 || count(got, "publisher left feed=video0") != 0 || count(got, "level=WARN") != 1 || count(got, "curlhttpsink") != 1 {
 			t.Errorf("500 buffers: the log has\n%s", got)
 		}
 		time.Sleep(2 * seriesPause)
-		if got := post(2*seriesPause, 10); count(got, `"publisher arrived"`) != 10 || count(got, `"publisher left"`) != 10 || count(got, "level=WARN") != 0 {
+		if got := post(2*seriesPause, 10, func() []byte { return whole }); count(got, `"publisher arrived"`) != 10 || count(got, `"publisher left"`) != 10 || count(got, "level=WARN") != 0 {
 			t.Errorf("10 publishers: the log has\n%s", got)
 		}
-		if got := post(time.Second, 10); count(got, "level=WARN") != 1 {
+		if got := post(time.Second, 10, buffer); count(got, "level=WARN") != 1 {
 			t.Errorf("buffers again: the log has\n%s", got)
 		}
 		if len(s.media.series.feeds) != 1 {
