@@ -80,11 +80,12 @@ type link struct {
 	ping      atomic.Pointer[sentPing] // that waits for its pong; nil: none
 	roundTrip atomic.Int64             // nanoseconds that the last one took; 0: not known
 
-	// owned by the send loop, and pace, while they may write, by publishers
+	// owned by the send loop, and pace and sealed, while they may write, by publishers
 	sent    time.Time // when media was last written
 	iov     [][]byte
 	vec     net.Buffers
 	buf     []byte    // one TLS record
+	sealed  int       // bytes of what was taken that TLS has, and the kernel not all of
 	armed   time.Time // when the write deadline was set; zero: it must be set again
 	stalled time.Time // since when no write made progress; zero: the last did
 	stuckAt uint64    // progress when it stalled
@@ -143,7 +144,7 @@ func tcpBelow(conn net.Conn) *net.TCPConn {
 // subscribe returns a queue for what l is to send.
 func (l *link) subscribe(maxAge time.Duration) *subscriber {
 	var interrupt func()
-	if l.resumes {
+	if l.plain {
 		interrupt = func() { l.SetWriteDeadline(past) }
 	}
 	l.maxAge = maxAge
@@ -441,7 +442,7 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber, start time.Time) er
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		if l.iov = l.iov[:0]; !l.below.holds() {
+		if l.iov = l.iov[:0]; l.sealed == 0 && !l.below.holds() {
 			if s.isReplaying() && s.holdsReplay(l.wire.unacked(), start) {
 				time.AfterFunc(replayLook, s.wake)
 				return nil
@@ -467,7 +468,7 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber, start time.Time) er
 		switch {
 		case err == nil || n > 0:
 			l.stalled, l.sent = time.Time{}, start
-			if p.partial || l.below.holds() {
+			if p.partial {
 				l.written.Add(uint64(n))
 			}
 		case p.stopped:
@@ -476,23 +477,28 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber, start time.Time) er
 		case time.Since(l.stalled) >= maxStall:
 			return fmt.Errorf("write: no progress for %v", maxStall)
 		}
-		if !p.partial && !l.below.holds() {
+		if !p.partial {
 			return nil
 		}
 	}
 }
 
-// writeTaken writes l.iov, and below TLS what is left of it and of what was written
-// before. n is how many bytes the kernel took, or TLS if it was all at once.
+// writeTaken writes l.iov, or goes on with what TLS has of it, and returns how many
+// bytes went. Only what the kernel has counts as written: who waits for a write to
+// end does so while some is kept below TLS.
 func (l *link) writeTaken(s *subscriber) (n int, p progress, err error) {
 	if len(l.iov) > 0 {
 		n, err = l.write()
-		p = s.wrote(n)
+		if l.below == nil || err != nil {
+			return n, s.wrote(n), err
+		}
+		l.sealed = n
 	}
-	if err == nil && l.below.holds() {
-		n, err = l.below.flush()
+	if n, err = l.below.flush(); l.below.holds() {
+		return n, progress{partial: true}, err
 	}
-	return n, p, err
+	n, l.sealed = l.sealed, 0
+	return n, s.wrote(n), err
 }
 
 // patience is how long one write may take.
@@ -526,22 +532,25 @@ func (l *link) isFast(now time.Time) bool {
 }
 
 // writeNow writes for a publisher what the connection takes of b at once, and
-// returns how many bytes that is.
-func (l *link) writeNow(b []byte, now time.Time) int {
+// returns how many bytes that is; not done if the send loop has to go on with it.
+func (l *link) writeNow(b []byte, now time.Time) (n int, done bool) {
 	switch {
 	case len(b) > maxDirect || !l.isFast(now):
-		return 0
+		return 0, true
 	case l.plain:
-		return l.direct.write(b)
+		return l.direct.write(b), true
 	}
-	n := 0
 	for n < len(b) && !l.below.holds() {
-		done, err := l.Conn.Write(b[n:min(n+maxRecord, len(b))])
-		if n += done; err != nil {
+		took, err := l.Conn.Write(b[n:min(n+maxRecord, len(b))])
+		if n += took; err != nil {
 			break
 		}
 	}
-	return n
+	if l.below.holds() {
+		l.sealed = n
+		return 0, false
+	}
+	return n, true
 }
 
 // batch returns the most bytes in one write: less where these would take long.
@@ -615,6 +624,9 @@ func (l *link) finish(why error, s *subscriber) bool {
 	status := closeStatus(why)
 	l.SetWriteDeadline(time.Now().Add(closeTimeout))
 	torn := l.torn || l.below.holds() && status != 1001
+	if l.sealed > 0 {
+		s.wrote(l.sealed)
+	}
 	if l.iov = s.unfinished(l.iov[:0]); len(l.iov) > 0 {
 		torn = torn || status != 1001 || !l.resumes
 		if !torn {

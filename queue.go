@@ -192,7 +192,7 @@ type subscriber struct {
 	ready     chan struct{} // holds a token when there is something to take
 
 	mu       sync.Mutex
-	writeNow func(b []byte, now time.Time) int // what publishers write with, under mu; nil: they may not
+	writeNow directWrite // what publishers write with, under mu; nil: they may not
 	items    []item
 	bytes    int              // payload in items
 	begun    int              // bytes of items[0] that are written
@@ -329,13 +329,21 @@ func (s *subscriber) writeAlone(now time.Time) bool {
 		return false
 	}
 	s.inFlight = 1
-	s.finishWrite(s.writeNow(s.items[0].wire(s.form), now))
+	n, done := s.writeNow(s.items[0].wire(s.form), now)
+	if done {
+		s.finishWrite(n)
+	}
 	return len(s.items) == 0
 }
 
+// directWrite writes what a connection takes of b at once, and returns how many
+// bytes that is. If it is not done, the reader's goroutine goes on with it, and calls
+// wrote.
+type directWrite func(b []byte, now time.Time) (n int, done bool)
+
 // letWrite lets publishers write with f what comes while nothing is queued, until
 // it is called with nil; once that returns, none does.
-func (s *subscriber) letWrite(f func(b []byte, now time.Time) int) {
+func (s *subscriber) letWrite(f directWrite) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.writeNow = f

@@ -363,10 +363,10 @@ func TestWriteAlone(t *testing.T) {
 				<-s.wakeups()
 			}
 			if tt.takes >= 0 {
-				s.letWrite(func(b []byte, _ time.Time) int {
+				s.letWrite(func(b []byte, _ time.Time) (int, bool) {
 					n := min(tt.takes, len(b))
 					written += n
-					return n
+					return n, true
 				})
 			}
 			s.offer(testMessage("video0", at, true, 188))
