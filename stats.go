@@ -175,7 +175,7 @@ func (e *exposition) addFeeds(all map[string]*feedStats) {
 	feed := func(name, kind, help string, value func(*feedStats) float64) {
 		e.add("vw_feed_"+name, kind, help, "feed", names, func(of string) float64 { return value(all[of]) })
 	}
-	feed("live", "gauge", "1 when the feed comes, whole and with keyframes.", func(f *feedStats) float64 { return oneIf(f.State == "live") })
+	feed("live", "gauge", "1 when the state of the feed is live; 0 also while its clock is wrong.", func(f *feedStats) float64 { return oneIf(f.State == "live") })
 	feed("bytes_total", "counter", "Bytes received.", func(f *feedStats) float64 { return float64(f.Bytes) })
 	feed("packets_total", "counter", "Transport packets received.", func(f *feedStats) float64 { return float64(f.Packets) })
 	feed("frames_total", "counter", "Frames received, of the video if there is one.", func(f *feedStats) float64 { return float64(f.Frames) })
