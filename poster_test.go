@@ -500,3 +500,66 @@ func (m matched) offPCR(from float64) float64 {
 	slices.Sort(ahead)
 	return math.Abs(ahead[len(ahead)/2] - seconds(lead))
 }
+
+// TestBrokenClocksPlayed: mpegts.js and JSMpeg show all pictures of broken clocks,
+// without a pause of a second. It is one of the long ones.
+func TestBrokenClocksPlayed(t *testing.T) {
+	if !*long {
+		return
+	}
+	const fault, lasts = 8., 20.
+	v := startVW(t, "VW_PLAYER="+npmPlayers(t))
+	b := pageBrowser{startBrowser(t)}
+	b.open(t, v.url+"/")
+	const once = 1 << 30
+	var clocks []brokenClock
+	for _, clip := range []string{liveClip, mpegClip} { // the one is for mpegts.js, the other for JSMpeg
+		clocks = append(clocks,
+			brokenClock{name: "one picture -9800 s", clip: clip, picture: strays(-9800, 1, once)},
+			brokenClock{name: "sound steps 5 s", clip: clip, sound: stepsBy(5)},
+			brokenClock{name: "picture says 25 and gives 30", clip: clip, picture: runsAt(30. / 25)})
+	}
+	clips := makeClips(t, clocks, lasts)
+	for i, c := range clocks {
+		t.Run(c.clip+", "+c.name, func(t *testing.T) {
+			name := fmt.Sprintf("stream/%d", i)
+			v.call(t, http.StatusOK, "POST", "/api/streams", fmt.Sprintf(`{"stream":%q,"feeds":["feed%d"]}`, name, i))
+			all := c.schedule(t, clips, fault, lasts)
+			posted := make(chan error, 1)
+			start := time.Now()
+			go func() { posted <- c.post(feedURL(v.addr, i), all, start) }()
+			b.until(t, "live", part(row("feeds", fmt.Sprint("feed", i)), "state")+".textContent")
+			b.tap(t, part(row("streams", name), "watch"))
+			b.until(t, name, "watching?.name")
+			b.until(t, "true", "watching.pictures > 25")
+			b.tap(t, "document.querySelector('#preview .sound')")
+			b.js(t, `clearInterval(window.shown?.timer), window.shown = {watching, longest: 0, n: 0},
+				shown.count = () => {
+					const q = watching.element?.getVideoPlaybackQuality();
+					return q ? q.totalVideoFrames - q.droppedVideoFrames : watching.pictures;
+				},
+				shown.n = shown.from = shown.count(), shown.at = shown.began = performance.now(),
+				shown.look = () => {
+					const n = shown.count(), now = performance.now();
+					shown.longest = Math.max(shown.longest, now - shown.at);
+					if (n !== shown.n) [shown.n, shown.at] = [n, now];
+				},
+				shown.timer = setInterval(shown.look, 50)`)
+			time.Sleep(time.Until(start.Add((lasts - 1) * time.Second)))
+			var got struct {
+				Pictures, Took, Longest float64
+				Same                    bool
+			}
+			b.evaluate(t, `(shown.look(), {pictures: shown.n - shown.from, took: (performance.now() - shown.began) / 1000,
+				longest: shown.longest / 1000, same: watching === shown.watching})`, &got)
+			t.Logf("in %.1f s: %.0f pictures, at most %.2f s without one", got.Took, got.Pictures, got.Longest)
+			if got.Took < lasts/2 || got.Pictures < 0.9*25*got.Took || got.Longest > 1 || !got.Same {
+				t.Errorf("got %+v, want 25 pictures/s of one player, and none shown for 1 s", got)
+			}
+			if err := <-posted; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	b.quiet(t)
+}
