@@ -472,6 +472,57 @@ func TestMuteBacklog(t *testing.T) {
 	}
 }
 
+// TestMuteLongSound: of sound in PES packets of 370 ms, as ffmpeg groups it, none
+// goes out that began before a lift, at whatever moment that is, also of one that
+// was muted from the start.
+func TestMuteLongSound(t *testing.T) {
+	const long = 370 * time.Millisecond
+	for _, fromStart := range []bool{false, true} {
+		for at := time.Duration(0); at < long; at += 37 * time.Millisecond {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBench(t, "stream/x", "f")
+				onFeed, onStream := newSubscriber(raw, time.Minute, nil), b.sub
+				b.join("f", onFeed)
+				start := time.Now()
+				var lifted ticks
+				for _, turn := range []struct {
+					after time.Duration
+					kinds kindSet
+				}{{map[bool]time.Duration{false: 10 * long, true: 0}[fromStart], muteSound}, {20*long + at, 0}} {
+					time.AfterFunc(turn.after, func() {
+						b.setMute(turn.kinds)
+						lifted = second + toTicks(time.Since(start))
+						if turn.kinds == 0 { // what was queued is of before the mute
+							for _, b.sub = range []*subscriber{onFeed, onStream} {
+								b.got()
+							}
+						}
+					})
+				}
+				var ts tsMaker
+				for i := range 40 {
+					time.Sleep(long)
+					ts.Reset()
+					ts.program(0x101, track{0x101, typeMPEG1Audio, nil})
+					ts.frame(pes{pid: 0x101, id: 0xc0, key: true, pts: second + toTicks(time.Duration(i)*long), size: 5900, length: true})
+					b.at = time.Now()
+					b.post("f", ts.Bytes())
+				}
+				for name, sub := range map[string]*subscriber{"feed": onFeed, "stream": onStream} {
+					b.sub = sub
+					got := pesTimes(b.got(), 0x101)
+					if len(got) < 17 || len(got) > 20 {
+						t.Errorf("lifted after %v, from the start %v: got %d PES on the %s, want those of after it, 17 to 20", at, fromStart, len(got), name)
+					}
+					if name == "feed" && len(got) > 0 && got[0] < lifted {
+						t.Errorf("lifted after %v, from the start %v: a PES began %v before that", at, fromStart, (lifted - got[0]).duration())
+					}
+				}
+			})
+		}
+	}
+}
+
 // TestMuteDrain: a publisher that stalled from before the mute until after the lift
 // delivers what it has as fast as its path lets it, or stays late for good; its
 // timestamps may have stepped. Nothing of before the lift goes out, and what is of
@@ -826,6 +877,7 @@ func TestMuteCodecs(t *testing.T) {
 	}
 	sounds := map[string][]string{
 		"mp2": {"mp2"}, "mp3": {"libmp3lame"}, "aac": {"aac"}, "latm": {"aac", "-mpegts_flags", "latm"}, "ac3": {"ac3"}, "eac3": {"eac3"},
+		"ac3 of DVB": {"ac3", "-mpegts_flags", "system_b"}, "eac3 of DVB": {"eac3", "-mpegts_flags", "system_b"},
 		"opus": {"libopus"}, "dts": {"dca", "-strict", "-2"}, "s302m": {"s302m", "-strict", "-2"},
 	}
 	check := func(picture, sound string) {
