@@ -146,7 +146,7 @@ func TestCheck(t *testing.T) {
 		{"moved", "ws://HOST/in/x", nil, reply("HTTP/1.1 302 Found\r\nLocation: ws://me:secret@HOST/\r\n\r\n"), "upgrade", `redirects to …: if that is the relay, put it into the URL`},
 		{"portal", "ws://HOST/in/x", nil, reply("HTTP/1.1 302 Found\r\nLocation: ftp://portal.example/?secret\r\n\r\n"), "upgrade", `This network has a captive portal, or the relay has moved: HOST is answered by ftp://portal.example/.`},
 		{"too big", "ws://HOST", nil, closing("\x03\xf1"), "ping", `The relay at HOST does not take messages of this size: it must allow 1 MiB`},
-		{"policy", "ws://HOST", nil, closing("\x03\xf0secret"), "ping", `The relay at HOST closes the websocket by its policy`},
+		{"policy", "ws://me:secret@HOST", nil, closing("\x03\xf0\x1bno secret"), "ping", `The relay at HOST closes the websocket by its policy`},
 		{"protocol error", "ws://HOST", nil, closing("\x03\xea"), "ping", `The relay at HOST says that vw breaks the rules of websockets`},
 		{"later", "ws://HOST", nil, closing("\x03\xf5"), "ping", `The relay at HOST is busy or starts again`},
 		{".local", "ws://nowhere-at-all.local/", nil, good, "name", `names in .local are found by multicast DNS`},

@@ -98,11 +98,15 @@ var errInside = errors.New("the relay sends us to an address of this network, wh
 
 // open connects to a relay, and returns when media may flow: the connection, and
 // the inbox that has read so far. It ends with ctx, and each of its steps within
-// a time of its own. An error shows no secret.
+// a time of its own. An error shows no secret, and neither will one of the inbox.
 func (d dialer) open(ctx context.Context, to target) (net.Conn, *inbox, error) {
 	a := &attempt{dialer: d, at: to.url, secret: append(to.secret, inQuery(to.url)...)}
 	conn, in, err := a.open(ctx, to)
-	return conn, in, hide(err, a.secret)
+	if err != nil {
+		return nil, nil, hide(err, a.secret)
+	}
+	in.secret = a.secret
+	return conn, in, nil
 }
 
 // attempt is one try to open a connection to a relay. Owned by one goroutine.

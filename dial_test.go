@@ -71,7 +71,7 @@ func TestToken(t *testing.T) {
 			write(conn, frame(0x01, yes[:10]), frame(0x8a, "pong"), frame(0x00, yes[10:11]), frame(0x80, yes[11:]))
 			return true
 		}, 1, 1, "msg=connected"},
-		{"closes with a status", func(conn net.Conn) bool { write(conn, frame(0x88, "\x03\xf0"+testToken)); return true }, 9, 15, "token: closed by the other side with status 1008"},
+		{"closes with a status", func(conn net.Conn) bool { write(conn, frame(0x88, "\x03\xf0"+testToken)); return true }, 9, 15, "token: closed by the other side with status 1008 (policy violation): ***"},
 		{"refused", func(conn net.Conn) bool { write(conn, no("too old")); return false }, 6, 8, `the relay refuses the token: \"too old\"`},
 		{"refused, and stays open", func(conn net.Conn) bool { write(conn, no("")); return true }, 6, 8, `refuses the token: \"\"`},
 		{"refused with the token", func(conn net.Conn) bool { write(conn, no("bad: "+testToken+"!")); return false }, 6, 8, `\"bad: ***!\"`},

@@ -409,9 +409,12 @@ func (e lostError) Unwrap() error { return e.error }
 // text do not make it another one.
 func causeOf(err error) string {
 	var status statusError
+	var closed closeError
 	switch {
 	case errors.As(err, new(lostError)):
 		return "lost"
+	case errors.As(err, &closed):
+		return "closed " + strconv.Itoa(closed.status)
 	case errors.As(err, &status):
 		return strconv.Itoa(status.status)
 	case errors.As(err, new(tokenRefusedError)):

@@ -28,6 +28,11 @@ func TestBackoff(t *testing.T) {
 		{"refuses", nil, 150, 750, "connection refused"},
 		{"closes at once", replies(""), 9, 15, "closed without an answer"},
 		{"accepts, then closes", func(_ int64, _ string, conn net.Conn) { accept(conn) }, 9, 15, "closed by the other side"},
+		{"closes for a reason", func(n int64, _ string, conn net.Conn) {
+			accept(conn)
+			conn.Write(frame(0x88, fmt.Sprintf("\x03\xf0token expired, request %d", n)))
+			silent(conn)
+		}, 9, 15, "status 1008 (policy violation): token expired, request 1"},
 		{"401", replies("HTTP/1.1 401 Unauthorized\r\n\r\n"), 6, 8, "401 Unauthorized"},
 		{"404", replies("HTTP/1.1 404 Not Found\r\n\r\n"), 6, 8, "404 Not Found"},
 		{"503", replies("HTTP/1.1 503 Busy\r\n\r\n"), 150, 750, "503 Busy"},

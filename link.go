@@ -284,6 +284,9 @@ func (l *link) serve(ctx context.Context, s *subscriber, read func(context.Conte
 		if err == nil || err == io.EOF {
 			err = closeError{}
 		}
+		if l.in != nil {
+			err = hide(err, l.in.secret)
+		}
 		cancel(err)
 	})
 	cancel(l.send(ctx, s))

@@ -338,7 +338,7 @@ func TestWebsocketBody(t *testing.T) {
 	}{
 		{"closed", appendFrame(whole[:len(whole):len(whole)], opClose, []byte{3, 0xe8}, masked), nil},
 		{"closed without a status", appendFrame(whole[:len(whole):len(whole)], opClose, nil, masked), nil},
-		{"closed inside a message", appendFrame(part, opClose, []byte{3, 0xe8}, masked), closeError{1000, true}},
+		{"closed inside a message", appendFrame(part, opClose, []byte{3, 0xe8}, masked), closeError{status: 1000, inside: true}},
 		{"lost", whole, io.ErrUnexpectedEOF},
 	} {
 		x, s := newMux(), newSubscriber(raw, time.Minute, nil)

@@ -40,11 +40,11 @@ var errProtocol = errors.New("not the websocket protocol")
 // errTooLong is the error of a message that is longer than its reader allows.
 var errTooLong = errors.New("the message is too long")
 
-// closeError is a close frame that the other side sent. Its text is left out:
-// it may hold a secret.
+// closeError is a close frame that the other side sent.
 type closeError struct {
-	status int  // RFC 6455 7.4.1; 0 if it names none
-	inside bool // a message was begun and is not whole
+	status int    // RFC 6455 7.4.1; 0 if it names none
+	inside bool   // a message was begun and is not whole
+	reason string // in printable ASCII
 }
 
 func (e closeError) Error() string {
@@ -54,6 +54,9 @@ func (e closeError) Error() string {
 	text := "closed by the other side with status " + strconv.Itoa(e.status)
 	if name := closeNames[e.status]; name != "" {
 		text += " (" + name + ")"
+	}
+	if e.reason != "" {
+		text += ": " + e.reason
 	}
 	return text
 }
@@ -129,6 +132,7 @@ type inbox struct {
 	source io.Reader            // may be replaced between two reads
 	early  []byte               // what is read before it
 	from   form                 // of the frames: masked if a client sends them
+	secret []string             // what its errors may not show
 	ping   func(payload []byte) // called with what each ping holds; may be nil
 	pong   func(payload []byte) // the same for pongs
 
@@ -248,7 +252,7 @@ func (in *inbox) control(opcode byte, size int) error {
 	case opcode == opClose && len(b) < 2:
 		return closeError{inside: in.inside}
 	case opcode == opClose:
-		return closeError{int(binary.BigEndian.Uint16(b)), in.inside}
+		return closeError{int(binary.BigEndian.Uint16(b)), in.inside, printableASCII(string(b[2:]), maxControl)}
 	case opcode == opPing && in.ping != nil:
 		in.ping(b)
 	case opcode == opPong && in.pong != nil:

@@ -36,8 +36,8 @@ func TestInbox(t *testing.T) {
 		{"cut off when long", [][]byte{frame(0x81, strings.Repeat("x", 100))[:50]}, "1long EOF"},
 		{"cut off in the header", [][]byte{frame(0x81, strings.Repeat("x", 200))[:3]}, "EOF"},
 		{"closed", [][]byte{frame(0x81, "a"), frame(0x88, "\x03\xe8"), frame(0x81, "b")}, `1"a" closed by the other side with status 1000 (normal closure)`},
-		{"closed for a reason", [][]byte{frame(0x88, "\x03\xf1too big")}, `closed by the other side with status 1009 (message too big)`},
-		{"closed with a status of its own", [][]byte{frame(0x88, "\x0f\xa1secret")}, `closed by the other side with status 4001`},
+		{"closed for a reason", [][]byte{frame(0x88, "\x03\xf1too big")}, `closed by the other side with status 1009 (message too big): too big`},
+		{"closed with a status of its own", [][]byte{frame(0x88, "\x0f\xa1\x1b[2J\u00e4 \"x\"")}, `closed by the other side with status 4001: ?[2J?? "x"`},
 		{"closed without a status", [][]byte{frame(0x88, "")}, `closed by the other side`},
 	}
 	for _, tt := range tests {
