@@ -76,7 +76,7 @@ func (s *server) table() *http.ServeMux {
 	for _, method := range []string{"POST", "PUT"} {
 		m.Handle(method+" /api/mute", byBody(func(rule []byte) (any, error) { return s.commands.setMute(rule, handHere) }))
 	}
-	m.Handle("POST /api/check/{name...}", byName(s.checkDestination))
+	m.HandleFunc("POST /api/check/{name...}", s.postCheck)
 	m.Handle("GET /api/devices", handler(getDevices))
 	m.Handle("GET /api/stats", handler(func(*http.Request) (any, error) { return s.commands.stats(), nil }))
 	m.HandleFunc("GET /api/events", s.getEvents)
@@ -366,9 +366,20 @@ func (s *server) awaitEvent(ctx context.Context, told muteStatus) bool {
 	}
 }
 
+// postCheck checks a destination, until the caller leaves. It sets no read deadline,
+// which net/http would take for that.
+func (s *server) postCheck(w http.ResponseWriter, r *http.Request) {
+	printed, err := s.checkDestination(r.Context(), r.PathValue("name"))
+	if err != nil {
+		refuse(w, r, err)
+		return
+	}
+	answer(w, http.StatusOK, printed)
+}
+
 // checkDestination does what vw check does with the rule of a destination, and
 // returns what that prints, which has no secrets. It takes up to a minute.
-func (s *server) checkDestination(id string) (any, error) {
+func (s *server) checkDestination(ctx context.Context, id string) (any, error) {
 	id, err := cleanName("id", id)
 	if err != nil {
 		return nil, err
@@ -381,8 +392,9 @@ func (s *server) checkDestination(id string) (any, error) {
 		return nil, httpError{http.StatusServiceUnavailable, "another destination is being checked: try again in some seconds"}
 	}
 	defer s.checking.Unlock()
-	ctx, cancel := context.WithTimeout(s.ctx, maxCheck)
+	ctx, cancel := context.WithTimeout(ctx, maxCheck)
 	defer cancel()
+	defer context.AfterFunc(s.ctx, cancel)()
 	var printed strings.Builder
 	check(ctx, rule, &printed, &printed)
 	return strings.TrimSpace(printed.String()), nil

@@ -3,15 +3,19 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os/exec"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -275,4 +279,38 @@ func TestCheckDestination(t *testing.T) {
 	if !strings.HasPrefix(first, `200 "`) || !strings.Contains(first, "FAILED") || strings.Contains(first, "hidden") {
 		t.Errorf("a silent relay: got %s, want the step that failed, without secrets", first)
 	}
+}
+
+// TestCheckAbandoned: a check ends when its caller leaves, and another may begin.
+func TestCheckAbandoned(t *testing.T) {
+	s := newTestServer(t, "")
+	h := httptest.NewServer(s)
+	defer h.Close()
+	l := listenLoopback(t)
+	ask(s, fmt.Sprintf(`POST /api/destinations {"id":"silent","stream":"video0","destination":"ws://%s"}`, l.Addr()))
+	ctx, leave := context.WithCancel(t.Context())
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, h.URL+"/api/check/silent", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var calling sync.WaitGroup
+	calling.Go(func() {
+		if a, err := http.DefaultClient.Do(r); err == nil {
+			a.Body.Close()
+			t.Errorf("got %s, want the check to go on", a.Status)
+		}
+	})
+	conn, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	leave()
+	calling.Wait()
+	eventually(t, 3*time.Second, func() error { // the relay's answer would be waited for for 5 s
+		if !s.checking.TryLock() {
+			return errors.New("it is still being checked")
+		}
+		return nil
+	})
 }
