@@ -53,7 +53,10 @@ func run(ctx context.Context, args, env []string, stdout, stderr io.Writer) int 
 		fmt.Fprint(stderr, usage, settingsHelp())
 		return 2
 	case len(args) == 1 && args[0] == "stream":
-	case len(args) == 2 && args[0] == "check":
+	case len(args) == 2 && args[0] == "check" && args[1] != "" && !strings.HasPrefix(args[1], "-"):
+	case args[0] == "check":
+		fmt.Fprintln(stderr, "vw: check takes one URL, that of the relay: vw check wss://relay.example.org/in/video0")
+		return 2
 	case len(args) == 1 && args[0] == "devices", slices.Equal(args, []string{"devices", "-json"}):
 	case (len(args) == 1 || len(args) == 2) && args[0] == "units":
 	case len(args) == 1 && args[0] == "healthcheck":

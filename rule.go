@@ -20,6 +20,7 @@ import (
 	"net/http"
 	"net/url"
 	"reflect"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -508,11 +509,11 @@ func cleanURL(raw string) (*url.URL, error) {
 	case len(raw) > maxURL:
 		return nil, invalid("destination %.100q: the URL has %d bytes, at most %d are allowed", shown, len(raw), maxURL)
 	case err != nil || !isVisible(raw):
-		return nil, invalid("destination %.100q: not a URL", shown)
+		return nil, invalid("destination %.100q: not a URL%s", shown, withScheme(shown))
 	case !slices.Contains([]string{"ws", "wss", "http", "https"}, u.Scheme):
 		return nil, invalid("destination %.100q: the URL must begin with ws:// or wss://%s", shown, withScheme(shown))
 	case u.Hostname() == "":
-		return nil, invalid("destination %.100q: the host is missing", shown)
+		return nil, invalid("destination %.100q: the host is missing%s", shown, withScheme(shown))
 	case u.Fragment != "" || strings.Contains(raw, "#"): // RFC 6455 3
 		return nil, invalid("destination %.100q: a websocket URL has no fragment (#)", shown)
 	case !validPort(u.Port()):
@@ -521,17 +522,25 @@ func cleanURL(raw string) (*url.URL, error) {
 	return u, nil
 }
 
-// withScheme is the hint for a URL whose scheme is missing, or not known.
+// withScheme is the hint for a URL whose scheme is missing, not known or not
+// followed by "://".
 func withScheme(shown string) string {
+	scheme := "ws"
 	_, rest, known := strings.Cut(shown, "://")
-	if !known {
+	if m := mistypedScheme.FindStringSubmatch(shown); !known && m != nil {
+		scheme, rest = strings.ToLower(m[1]), m[2]
+	} else if !known {
 		rest = strings.TrimLeft(shown, "/")
 	}
-	if u, err := url.Parse("ws://" + rest); err != nil || u.Hostname() == "" || rest == "…" {
+	u, err := url.Parse(scheme + "://" + rest)
+	if err != nil || u.Hostname() == "" || !validPort(u.Port()) || !isVisible(rest) || scheme+"://"+rest == shown {
 		return ""
 	}
-	return fmt.Sprintf("; did you mean ws://%.100s?", rest)
+	return fmt.Sprintf("; did you mean %s://%.100s?", scheme, rest)
 }
+
+// mistypedScheme is a scheme of ours that is not followed by "://".
+var mistypedScheme = regexp.MustCompile(`(?i)^(wss?|https?)[:;/\\]+([^:;/\\].*)$`)
 
 // withoutSecrets is what an error may say of a URL, which need not be one: no
 // query, and nothing where there may be userinfo.
