@@ -334,6 +334,12 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 		<-s.wakeups()
 		s.letWrite(nil)
 		now := time.Now()
+		if l.sealed > 0 || s.isBegun() { // by a publisher: nothing goes into the middle of a message
+			if err := l.sendBatch(ctx, s, now); err != nil {
+				return err
+			}
+			now = time.Now()
+		}
 		var frame []byte // one a turn: who pings us by the thousand does not hold up the media
 		if l.pings > 0 && now.Sub(pinged) >= l.pings {
 			frame = l.signOfLife(now)

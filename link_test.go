@@ -4,6 +4,8 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -257,6 +259,73 @@ func TestNarrowLink(t *testing.T) {
 			t.Logf("%d of %d frames, age %v in the median, %v at most (limit %v)", len(slow), len(c.born), ages[len(ages)/2], ages[len(ages)-1], limit)
 			if n := strings.Count(log.String(), "no connection"); n > 0 {
 				t.Errorf("got the log\n%s", log.String())
+			}
+		})
+	}
+}
+
+// TestControlBetweenMessages: a control frame never goes into the middle of a message
+// that a publisher began to write and the kernel did not take whole.
+func TestControlBetweenMessages(t *testing.T) {
+	for _, secure := range []bool{false, true} {
+		t.Run(fmt.Sprintf("TLS %t", secure), func(t *testing.T) {
+			ca := newCerts(t)
+			l := listenLoopback(t)
+			raw, err := l.(*net.TCPListener).SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			limitReceived(raw, 16<<10)
+			url := "ws://" + l.Addr().String()
+			if secure {
+				l, url = tls.NewListener(l, ca.server), "wss"+url[2:]
+			}
+			var messages atomic.Int64
+			serveEach(t, l, func(conn net.Conn) {
+				br, err := accept(conn)
+				if err != nil {
+					return
+				}
+				var pinging sync.WaitGroup
+				defer pinging.Wait()
+				pinging.Go(func() {
+					for err := error(nil); err == nil; time.Sleep(time.Millisecond) {
+						_, err = conn.Write(frame(0x89, "ping"))
+					}
+				})
+				for {
+					opcode, b, err := readFrame(br)
+					switch whole := len(b) > 0 && b[0] == syncByte && len(b)%packetSize == 0; {
+					case err != nil || opcode == opClose:
+						if err != nil && !errors.As(err, new(net.Error)) && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+							t.Error(err)
+						}
+						conn.Close()
+						return
+					case opcode == opBinary && !whole || opcode != opBinary && opcode != opPing && opcode != opPong:
+						t.Errorf("got %d bytes with opcode %d in the place of a message", len(b), opcode)
+						conn.Close()
+						return
+					case opcode == opBinary:
+						if messages.Add(1)%8 == 0 {
+							time.Sleep(8 * time.Millisecond) // and the kernel cannot take all
+						}
+					}
+				}
+			})
+			var log logBuffer
+			r, ctx, tasks := realRules(t, &log)
+			r.dialer.roots = ca.roots
+			r.to(t, "0", "video0", url)
+			waitFor(t, "a connection", func() bool { return strings.Contains(log.String(), "msg=connected") })
+			ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+			defer cancel()
+			c := newCamera()
+			c.size = 40_000
+			tasks.Go(func() { film(ctx, r.mux, "video0", c, time.Millisecond) })
+			<-ctx.Done()
+			if n := messages.Load(); n < 200 || strings.Contains(log.String(), "no connection") {
+				t.Errorf("got %d messages and the log\n%s", n, log.String())
 			}
 		})
 	}

@@ -294,7 +294,7 @@ func (s *subscriber) holdsReplay(unacked int, now time.Time) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.trim(now)
-	return s.replayLeft > 0 && unacked > max(replayPart, s.replaySize-s.replayLeft)/2
+	return s.begun == 0 && s.replayLeft > 0 && unacked > max(replayPart, s.replaySize-s.replayLeft)/2
 }
 
 // wakeups returns the channel that holds a token when there may be something
@@ -347,6 +347,13 @@ func (s *subscriber) letWrite(f directWrite) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.writeNow = f
+}
+
+// isBegun reports whether a message is written in part.
+func (s *subscriber) isBegun() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.begun > 0
 }
 
 // pass returns the message to queue for m, or nil if its feed's gate is closed
