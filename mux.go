@@ -16,6 +16,11 @@ import (
 	"time"
 )
 
+// maxWrites is how often a publisher writes a chunk itself, at most: for so long it
+// holds the locks of its feed and stream, for which a mute waits. More readers have
+// it from the goroutines of their links.
+const maxWrites = 64
+
 const maxPublishers = 256 // feeds that are published; each holds up to 2 MiB
 
 // errFull says that vw has as many of something as it can have. Wrapped, it says of
@@ -374,6 +379,7 @@ func (f *feed) publish(pub *publisher, m *message, now ticks) (waits bool) {
 		return false
 	}
 	f.kinds.note(m)
+	m.writes = maxWrites
 	if !f.filter.used() {
 		f.offer(m)
 	}
@@ -408,7 +414,7 @@ func (f *feed) publishHeld(at time.Time, now ticks) {
 		f.clock.place(m.stamps, m.info.key, now-toTicks(at.Sub(m.at)), now)
 		if f.filter.used() {
 			m = f.filter.apply(m, m.stamps, now)
-			f.held[i] = m
+			f.held[i], m.writes = m, maxWrites
 			f.offer(m)
 		}
 		for _, st := range f.streams {
@@ -427,13 +433,16 @@ func (f *feed) offer(m *message) {
 	offer(m, f.subs)
 }
 
-// offer hands m, of which all may be muted, to readers.
+// offer hands m, of which all may be muted, to readers, and writes it to some.
 func offer(m *message, subs []*subscriber) {
 	for _, s := range subs {
-		if m.size == 0 {
+		switch {
+		case m.size == 0:
 			s.countMuted()
-		} else {
+		case m.writes == 0:
 			s.offer(m)
+		case s.offerNow(m):
+			m.writes--
 		}
 	}
 }
@@ -645,7 +654,9 @@ func (st *stream) publish(m *message, at time.Time, now ticks, anew bool) {
 		src.kinds(&m.kinds, &out.kinds)
 		out.opening = src.opening(out)
 		src.keep(out, m)
+		out.writes = m.writes
 		st.offer(out)
+		m.writes = out.writes
 		out.release()
 	}
 }

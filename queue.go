@@ -25,6 +25,7 @@ type message struct {
 	first bool      // the first of its publisher
 	info  chunkInfo
 
+	writes  int        // that its publisher may still do itself; guarded by the feed
 	stamps  []stamp    // of a feed's message, guarded by the feed
 	offered bool       // the readers of the feed have it; guarded by the feed
 	kinds   kindReader // as it is before the first packet
@@ -305,25 +306,45 @@ func (s *subscriber) wakeups() <-chan struct{} { return s.ready }
 func (s *subscriber) offer(m *message) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.enqueue(m) {
+		s.wake()
+	}
+}
+
+// offerNow is offer, and writes what comes alone at once. It reports whether it
+// wrote.
+func (s *subscriber) offerNow(m *message) (wrote bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.enqueue(m) {
+		return false
+	}
+	wrote = s.writeAlone(m.at)
+	if len(s.items) > 0 {
+		s.wake()
+	}
+	return wrote
+}
+
+// enqueue queues m, or drops it and reports false; mu is held.
+func (s *subscriber) enqueue(m *message) bool {
 	if s.draining {
-		return
+		return false
 	}
 	s.counters.published++
 	passed := s.pass(m)
 	if passed == nil {
 		s.counters.dropped[dropGate]++
-		return
+		return false
 	}
 	s.push(passed)
 	s.trim(m.at)
-	if !s.writeAlone(m.at) {
-		s.wake()
-	}
+	return true
 }
 
 // writeAlone writes the one message that is queued, as far as the connection
-// takes it at once, and reports whether that was all of it. To wake the reader's
-// goroutine for it would cost as much as the write.
+// takes it at once, and reports whether it tried. To wake the reader's goroutine for
+// it would cost as much as the write.
 func (s *subscriber) writeAlone(now time.Time) bool {
 	if s.writeNow == nil || len(s.items) != 1 || s.begun > 0 || s.lagged > 0 {
 		return false
@@ -333,7 +354,7 @@ func (s *subscriber) writeAlone(now time.Time) bool {
 	if done {
 		s.finishWrite(n)
 	}
-	return len(s.items) == 0
+	return true
 }
 
 // directWrite writes what a connection takes of b at once, and returns how many

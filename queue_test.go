@@ -369,7 +369,9 @@ func TestWriteAlone(t *testing.T) {
 					return n, true
 				})
 			}
-			s.offer(testMessage("video0", at, true, 188))
+			if wrote := s.offerNow(testMessage("video0", at, true, 188)); wrote != (tt.takes >= 0 && !tt.queued) {
+				t.Errorf("it was written: %v", wrote)
+			}
 			s.letWrite(nil)
 			if written != tt.written {
 				t.Errorf("a publisher wrote %d bytes, want %d", written, tt.written)
