@@ -26,6 +26,7 @@ import (
 // body goes on. The log says once what it was and why.
 func TestRefusedPost(t *testing.T) {
 	addr, log, _ := runVW(t, "VW_TOKEN="+secretToken)
+	waitFor(t, "the log", func() bool { return strings.Contains(log.String(), "msg=\"listening") })
 	const chunked = "Transfer-Encoding: chunked\r\n"
 	chunk := func(data string) string { return fmt.Sprintf("%x\r\n%s\r\n", len(data), data) }
 	clip := testClip(12, 1000)

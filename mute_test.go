@@ -485,23 +485,25 @@ func TestMuteLongSound(t *testing.T) {
 				b.join("f", onFeed)
 				start := time.Now()
 				var lifted ticks
-				for _, turn := range []struct {
+				turns := []struct {
 					after time.Duration
 					kinds kindSet
-				}{{map[bool]time.Duration{false: 10 * long, true: 0}[fromStart], muteSound}, {20*long + at, 0}} {
-					time.AfterFunc(turn.after, func() {
-						b.setMute(turn.kinds)
+				}{{map[bool]time.Duration{false: 10 * long, true: 0}[fromStart], muteSound}, {20*long + at, 0}}
+				var ts tsMaker
+				for i := range 40 {
+					due := time.Duration(i+1) * long
+					for len(turns) > 0 && turns[0].after <= due {
+						time.Sleep(turns[0].after - time.Since(start))
+						b.setMute(turns[0].kinds)
 						lifted = second + toTicks(time.Since(start))
-						if turn.kinds == 0 { // what was queued is of before the mute
+						turns = turns[1:]
+						if len(turns) == 0 { // what was queued is of before the mute
 							for _, b.sub = range []*subscriber{onFeed, onStream} {
 								b.got()
 							}
 						}
-					})
-				}
-				var ts tsMaker
-				for i := range 40 {
-					time.Sleep(long)
+					}
+					time.Sleep(due - time.Since(start))
 					ts.Reset()
 					ts.program(0x101, track{0x101, typeMPEG1Audio, nil})
 					ts.frame(pes{pid: 0x101, id: 0xc0, key: true, pts: second + toTicks(time.Duration(i)*long), size: 5900, length: true})
