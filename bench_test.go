@@ -52,7 +52,7 @@ func rawRelay() {
 // netRelay is the same with x/net's own Send, to websockets.
 func netRelay() {
 	relayBody(func() (*websocket.Conn, error) {
-		return websocket.Dial("ws://"+os.Args[1], "", "http://localhost")
+		return websocket.Dial(os.Args[3]+"://"+os.Args[1], "", "http://localhost")
 	}, func(c *websocket.Conn, b []byte) {
 		if err := websocket.Message.Send(c, b); err != nil {
 			panic(err)
@@ -322,22 +322,20 @@ func BenchmarkRelay(b *testing.B) {
 
 // BenchmarkFanOut: the same by number of destinations and size of a frame, at
 // 40 MB/s in all, and beside relays that use x/net's Send and gorilla's
-// WriteMessage; over TLS beside a raw relay alone.
+// WriteMessage; the same over TLS.
 func BenchmarkFanOut(b *testing.B) {
 	for _, n := range []int{1, 4, 16, 64, 256} {
 		for _, frame := range []int{1_316, 5_264, 16_356} { // whole packets
 			every := time.Duration(n) * time.Duration(frame) * time.Second / 40e6
 			b.Run(fmt.Sprintf("destinations=%d/frame=%d", n, frame), func(b *testing.B) {
 				m := newComparison(b, n, "ws")
-				for _, kind := range []string{"raw", "x/net", "gorilla"} {
-					m.add(kind)
-				}
-				m.run(frame, every, time.Second)
+				m.add("raw", "x/net", "gorilla")
+				m.run(frame, every, 400*time.Millisecond)
 			})
 			b.Run(fmt.Sprintf("TLS/destinations=%d/frame=%d", n, frame), func(b *testing.B) {
 				m := newComparison(b, n, "wss")
-				m.add("raw")
-				m.run(frame, every, time.Second)
+				m.add("raw", "x/net", "gorilla")
+				m.run(frame, every, 400*time.Millisecond)
 			})
 		}
 	}
@@ -374,21 +372,24 @@ func newComparison(b *testing.B, n int, scheme string) *comparison {
 	return m
 }
 
-// add adds a relay that is a program of its own.
-func (m *comparison) add(kind string) {
-	r, n := benchRelay{kind: kind}, strconv.Itoa(m.n)
-	if kind == "gorilla" {
-		r.pid, r.addr, _ = benchStart(m.b, kind, exec.Command(build(m.b, kind), "ws://"+m.addr, n))
-	} else {
-		r.pid, r.addr, _ = benchChild(m.b, kind, m.addr, n, m.scheme)
+// add adds relays that are programs of their own.
+func (m *comparison) add(kinds ...string) {
+	for _, kind := range kinds {
+		r, n := benchRelay{kind: kind}, strconv.Itoa(m.n)
+		if kind == "gorilla" {
+			r.pid, r.addr, _ = benchStart(m.b, kind, exec.Command(build(m.b, kind), m.scheme+"://"+m.addr, n))
+		} else {
+			r.pid, r.addr, _ = benchChild(m.b, kind, m.addr, n, m.scheme)
+		}
+		m.relays = append(m.relays, r)
 	}
-	m.relays = append(m.relays, r)
 }
 
-// run feeds all of them the same in turns, for a window each time, and reports
-// the medians of what they cost and of the ratios of vw to the others.
+// run feeds all of them the same in turns, nine times for a window, and reports the
+// medians of what they cost and of the ratios of vw to the others, and how far the
+// middle half of the ratios is spread.
 func (m *comparison) run(frame int, every, window time.Duration) {
-	const rounds = 3
+	const rounds = 9
 	total := func() (n int64) {
 		fmt.Sscan(m.count(), &n)
 		return n
@@ -425,6 +426,7 @@ func (m *comparison) run(frame int, every, window time.Duration) {
 		}
 		m.b.ReportMetric(quantile(r.costs, 0.5), r.kind+"-CPU-s/GB")
 		m.b.ReportMetric(quantile(ratios, 0.5), "vw/"+r.kind)
+		m.b.ReportMetric(quantile(ratios, 0.75)-quantile(ratios, 0.25), "vw/"+r.kind+"-spread")
 	}
 }
 
