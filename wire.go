@@ -24,7 +24,7 @@ const (
 	maxKept = 2 << 20 // bytes below TLS: a message, and what else it may owe
 
 	paceEvery = 20 * time.Millisecond  // for how fast bytes go
-	calmEvery = 100 * time.Millisecond // while that does not matter
+	calmEvery = 100 * time.Millisecond // while nothing waits in the kernel
 )
 
 // wire is a TCP connection as the kernel sees it; of the zero value nothing is
@@ -182,7 +182,7 @@ type pace struct {
 
 // look updates the estimate.
 func (c *pace) look(w wire, now time.Time) {
-	if since := now.Sub(c.looked); since >= paceEvery && (c.rate == 0 || c.delay > 0 || c.matters() || since >= calmEvery) {
+	if since := now.Sub(c.looked); since >= calmEvery || since >= paceEvery && (c.matters() || w.unacked() > 0) {
 		c.looked = now
 		c.lookAtRate(w, since)
 	}
