@@ -218,7 +218,7 @@ func (a *attempt) post(ctx context.Context, conn net.Conn, u *url.URL, to target
 	}
 	refused := newStatusError(answer, b)
 	if refused.location != "" && !keepsMethod(refused.status) {
-		refused.location, refused.unfollowed = withoutSecrets(refused.location), "not followed: it asks for a GET"
+		refused.location, refused.unfollowed = withoutSecrets(printableASCII(refused.location, maxHandshake)), "not followed: it asks for a GET"
 	}
 	err = fmt.Errorf("access: %w", refused)
 	switch {

@@ -51,13 +51,13 @@ type statusError struct {
 	line       string        // such as "401 Unauthorized"
 	text       string        // the begin of its body
 	retryAfter time.Duration // 0: it does not say
-	location   string        // where it redirects to, without credentials; "": nowhere
+	location   string        // where it redirects to, and once it is known why not, that without credentials; "": nowhere
 	unfollowed string        // why that is not followed
 }
 
 func (e statusError) Error() string {
 	s := "the relay answered " + quoted(e.line, maxStatusText)
-	if e.location != "" {
+	if e.unfollowed != "" {
 		s += fmt.Sprintf(" with a redirect to %s (%s)", e.location, e.unfollowed)
 	}
 	if e.retryAfter > 0 {
@@ -344,7 +344,7 @@ func redirect(u *url.URL, e statusError, hops int, secret bool) (*url.URL, error
 	to, err := u.Parse(e.location)
 	if err == nil {
 		to.Scheme = strings.Replace(to.Scheme, "http", "ws", 1)
-		e.location = withoutSecrets(to.String())
+		e.location = withoutSecrets(printableASCII(to.String(), maxHandshake))
 	} else {
 		e.location = fmt.Sprintf("%.40q", withoutSecrets(e.location))
 	}

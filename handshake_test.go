@@ -270,6 +270,7 @@ func TestRetryAfter(t *testing.T) {
 // no redirect leads to a secret's loss.
 func FuzzAnswer(f *testing.F) {
 	f.Add("HTTP/1.1 302 Found\r\nLocation: ws://a:b@c/%zz\r\n\r\n")
+	f.Add("HTTP/1.1 302 \nLocation:\xff\n\n")
 	f.Add("HTTP/1.1 503 x\r\nRetry-After: -1\r\nContent-Type: text/html\r\n\r\n<script>\x00")
 	f.Add("HTTP/1.1 103 a\r\n\r\nHTTP/1.1 101 x\r\nUpgrade: websocket\r\n\r\n")
 	f.Add("HTTP/1.1 403 \xff\r\nContent-Length: 9\r\n\r\n{\"error\":\"\u202e\"}")
