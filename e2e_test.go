@@ -218,6 +218,7 @@ func postBroken(t *testing.T, vw string, clip []byte) int {
 // up to 0.4 s before a dial and 0.48 s for a keyframe leave little of it to a busy
 // machine.
 func TestE2ERelayReturns(t *testing.T) {
+	wallClock(t)
 	certs := newCerts(t)
 	for _, tt := range []struct {
 		name   string

@@ -53,7 +53,7 @@ func TestMain(m *testing.M) {
 	parallel := false
 	flag.Visit(func(f *flag.Flag) { parallel = parallel || f.Name == "test.parallel" })
 	if !parallel {
-		flag.Set("test.parallel", "6") // most of them wait, for relays that are silent
+		flag.Set("test.parallel", "5") // most of them wait, for relays that are silent
 	}
 	status := m.Run()
 	if dir, err := buildDir(); err == nil { // beside a binary of go test -c it would stay
