@@ -173,14 +173,14 @@ func (w way) isPortal(status statusError) bool {
 
 // adviseRedirect is for a relay outside that sends us to an address of this network.
 func (w way) adviseRedirect() string {
-	if w.to.Scheme == "http" || w.to.Scheme == "https" {
+	if isAccess(w.to) {
 		return fmt.Sprintf("The access point at %s sends vw to %s, which is inside this network: its answer must have an address that is reached from everywhere, or this network has a captive portal.", hostPort(w.to), w.relay)
 	}
 	return fmt.Sprintf("This network has a captive portal, or the relay has moved: %s is redirected to %s, which is inside this network. Log in to the network with a browser, or put that address into the URL.", hostPort(w.to), w.relay)
 }
 
 func (w way) adviseToken(err error) string {
-	access := w.to.Scheme == "http" || w.to.Scheme == "https"
+	access := isAccess(w.to)
 	var status statusError
 	switch answered := errors.As(err, &status); {
 	case answered && access && status.status == http.StatusMethodNotAllowed:

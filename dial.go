@@ -133,7 +133,7 @@ func (a *attempt) finish(s step, err error, detail string) error {
 
 func (a *attempt) open(ctx context.Context, to target) (net.Conn, *inbox, error) {
 	u := to.url
-	access := u.Scheme == "http" || u.Scheme == "https"
+	access := isAccess(u)
 	if access {
 		var err error
 		if u, err = a.access(ctx, to); err != nil {
@@ -245,7 +245,7 @@ func allowedURL(u *url.URL, b []byte) (*url.URL, error) {
 	}
 	to, err := cleanURL(answer.URI)
 	switch {
-	case err != nil || to.User != nil || to.Scheme != "ws" && to.Scheme != "wss":
+	case err != nil || to.User != nil || !isWebsocket(to):
 		return nil, errors.New(`access: "uri" in the answer is not the URL of a websocket`)
 	case isTLS(u) && !isTLS(to):
 		return nil, errors.New(`access: "uri" in the answer is not wss, though access is https`)
@@ -314,7 +314,7 @@ func (a *attempt) reach(ctx context.Context, u *url.URL) (net.Conn, error) {
 		a.finish(stepProxy, nil, "a tunnel through "+via.Host)
 		conn = tunnel
 	}
-	if u.Scheme != "wss" && u.Scheme != "https" {
+	if !isTLS(u) {
 		return conn, nil
 	}
 	secured, err := secure(ctx, conn, u.Hostname(), a.roots)

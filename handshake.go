@@ -107,8 +107,8 @@ func (e briefError) Unwrap() error { return e.error }
 func secure(ctx context.Context, conn net.Conn, host string, roots *x509.CertPool) (*tls.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
-	host, _, _ = strings.Cut(host, "%")     // the zone of an IPv6 address is ours alone
-	if _, over := conn.(*tls.Conn); !over { // what TLS has taken, it has to write
+	host, _, _ = strings.Cut(host, "%") // the zone of an IPv6 address is ours alone
+	if _, over := conn.(*tls.Conn); !over {
 		conn = &transport{Conn: conn}
 	}
 	secured := tls.Client(conn, &tls.Config{
@@ -349,7 +349,7 @@ func redirect(u *url.URL, e statusError, hops int, secret bool) (*url.URL, error
 		e.location = fmt.Sprintf("%.40q", withoutSecrets(e.location))
 	}
 	switch {
-	case err != nil || to.Scheme != "ws" && to.Scheme != "wss" || to.Hostname() == "" || !validPort(to.Port()) || to.User != nil || !isVisible(to.String()):
+	case err != nil || !isWebsocket(to) || to.Hostname() == "" || !validPort(to.Port()) || to.User != nil || !isVisible(to.String()):
 		e.unfollowed = "not the URL of a relay"
 	case hops >= maxRedirects:
 		e.unfollowed = fmt.Sprintf("after %d others", hops)
@@ -363,9 +363,6 @@ func redirect(u *url.URL, e statusError, hops int, secret bool) (*url.URL, error
 	}
 	return nil, e
 }
-
-// isTLS reports whether u is reached over TLS.
-func isTLS(u *url.URL) bool { return u.Scheme == "wss" || u.Scheme == "https" }
 
 // isLocal reports whether an address is one of this machine or network, where a
 // redirect from outside may not lead.

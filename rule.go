@@ -185,7 +185,7 @@ func (r destinationRule) cleanControl() error {
 
 // cleanSecrets checks what the URL, the token and the headers are together.
 func (r destinationRule) cleanSecrets(u *url.URL) error {
-	access := u.Scheme == "http" || u.Scheme == "https"
+	access := isAccess(u)
 	_, user, _ := splitUser(r.Destination)
 	unknown := r.Token == hidden || user == hidden
 	for _, value := range r.Headers.all() {
@@ -234,10 +234,9 @@ func (r destinationRule) keep(old destinationRule) destinationRule {
 // header for an access point must not become a message that viewers see, nor go
 // to another path of a websocket, where there may be others.
 func goesAlike(to, from *url.URL) bool {
-	websocket := from.Scheme == "ws" || from.Scheme == "wss"
 	return strings.EqualFold(to.Hostname(), from.Hostname()) && portOf(to) == portOf(from) &&
 		(to.Scheme == from.Scheme || to.Scheme == from.Scheme+"s") &&
-		(!websocket || cmp.Or(to.EscapedPath(), "/") == cmp.Or(from.EscapedPath(), "/"))
+		(!isWebsocket(from) || cmp.Or(to.EscapedPath(), "/") == cmp.Or(from.EscapedPath(), "/"))
 }
 
 // portOf returns the port that u is dialled at.
@@ -521,6 +520,15 @@ func cleanURL(raw string) (*url.URL, error) {
 	}
 	return u, nil
 }
+
+// isWebsocket reports whether u is the URL of a websocket.
+func isWebsocket(u *url.URL) bool { return u.Scheme == "ws" || u.Scheme == "wss" }
+
+// isAccess reports whether u is the URL of an access point.
+func isAccess(u *url.URL) bool { return u.Scheme == "http" || u.Scheme == "https" }
+
+// isTLS reports whether u is reached over TLS.
+func isTLS(u *url.URL) bool { return u.Scheme == "wss" || u.Scheme == "https" }
 
 // withScheme is the hint for a URL whose scheme is missing, not known or not
 // followed by "://".
