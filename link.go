@@ -327,6 +327,10 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 		s.wake()
 	})()
 	defer s.letWrite(nil)
+	var write directWrite
+	if l.direct != nil {
+		write = l.writeNow
+	}
 	pinged := time.Now()
 	ping := time.AfterFunc(l.pings, s.wake)
 	defer ping.Stop()
@@ -362,9 +366,7 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 		if err := l.sendBatch(ctx, s, now); err != nil {
 			return err
 		}
-		if l.direct != nil {
-			s.letWrite(l.writeNow)
-		}
+		s.letWrite(write)
 	}
 }
 
@@ -573,7 +575,7 @@ func (l *link) batch() int {
 // writeFrame writes a frame, and waits until the kernel has it.
 func (l *link) writeFrame(b []byte) (int, error) {
 	n, err := l.Conn.Write(b)
-	if err == nil && l.below.holds() {
+	if err == nil {
 		_, err = l.below.flush()
 	}
 	return n, err

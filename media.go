@@ -58,7 +58,7 @@ func (m *media) publish(r *http.Request, interrupt func()) (begun bool, err erro
 	}
 	defer onDone(m.ctx, interrupt)()
 	log := m.log.With("feed", name, "remote", r.RemoteAddr)
-	p, start, isOneOfMany := newPublisher(r, interrupt), time.Now(), false
+	p, start, isOneOfMany := newPublisher(r, log, interrupt), time.Now(), false
 	p.begun = func() {
 		begun = true
 		m.door.settle(r)
@@ -71,7 +71,6 @@ func (m *media) publish(r *http.Request, interrupt func()) (begun bool, err erro
 				"send one request without an end (GStreamer: curlhttpsink)", "agent", p.agent)
 		}
 	}
-	p.warn = func(what string) { log.Warn("clock of the publisher", "what", what) }
 	body := &countedBody{Reader: r.Body}
 	err = m.mux.publish(name, p, body)
 	if m.ctx.Err() != nil {
@@ -176,9 +175,12 @@ func (s *series) note(feed string, start time.Time, whole bool) {
 	}
 }
 
-// newPublisher is who made the request.
-func newPublisher(r *http.Request, interrupt func()) *publisher {
-	return &publisher{remote: r.RemoteAddr, agent: fmt.Sprintf("%.100s", r.UserAgent()), interrupt: interrupt}
+// newPublisher is who made the request. log is told what is wrong with its clock.
+func newPublisher(r *http.Request, log *slog.Logger, interrupt func()) *publisher {
+	return &publisher{
+		remote: r.RemoteAddr, agent: fmt.Sprintf("%.100s", r.UserAgent()), interrupt: interrupt,
+		warn: func(what string) { log.Warn("clock of the publisher", "what", what) },
+	}
 }
 
 // getTS sends a feed or stream as it is, until the reader leaves.
@@ -254,9 +256,8 @@ func (m *media) in(w http.ResponseWriter, r *http.Request) {
 		log.Info("publisher arrived", "agent", fmt.Sprintf("%.100s", r.UserAgent()))
 		ctx, cancel := context.WithCancelCause(m.ctx)
 		defer cancel(nil)
-		p := newPublisher(r, func() { cancel(errReplaced) })
+		p := newPublisher(r, log, func() { cancel(errReplaced) })
 		p.begun = func() { m.door.settle(r) }
-		p.warn = func(what string) { log.Warn("clock of the publisher", "what", what) }
 		return l.serve(ctx, l.subscribe(m.maxLag), func(context.Context) error {
 			return m.mux.publish(name, p, websocketBody{l.in})
 		}, nil)

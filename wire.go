@@ -154,8 +154,8 @@ func (t *transport) holds() bool {
 	return len(t.kept) > 0
 }
 
-// flush writes what is kept, and returns how many bytes of it. It waits, until the
-// deadline for writes. One goroutine at a time calls it.
+// flush writes what is kept, and returns how many bytes of it; a nil transport has
+// none. It waits, until the deadline for writes. One goroutine at a time calls it.
 func (t *transport) flush() (n int, err error) {
 	for t.holds() && err == nil {
 		t.mu.Lock()
