@@ -654,6 +654,19 @@ func TestMuteHidden(t *testing.T) {
 	}
 	const muted = 24 // the frame with which the mute begins
 	swapped := []track{{0x101, typeMPEG1Video, nil}, {0x100, typeMPEG1Audio, nil}}
+	swap := func(version byte) func(ts *tsMaker, i int) {
+		return func(ts *tsMaker, i int) {
+			if i < muted+3 {
+				plain(ts, i)
+				sound(ts, i, 0x101, 0xc0)
+				return
+			}
+			ts.association(testPMT)
+			ts.section(testPMT, mapSection(1, version, swapped...)...)
+			picture(ts, i, 0x101)
+			sound(ts, i, 0x100, 0xc0)
+		}
+	}
 	rows := []struct {
 		name  string
 		write func(ts *tsMaker, i int)
@@ -661,28 +674,8 @@ func TestMuteHidden(t *testing.T) {
 		{"as listed", func(ts *tsMaker, i int) { plain(ts, i); sound(ts, i, 0x101, 0xc0) }},
 		{"on the PID of the picture", func(ts *tsMaker, i int) { plain(ts, i); sound(ts, i, 0x100, 0xc0) }},
 		{"private data on the PID of the picture", func(ts *tsMaker, i int) { plain(ts, i); sound(ts, i, 0x100, 0xbd) }},
-		{"PIDs swapped while muted", func(ts *tsMaker, i int) {
-			if i < muted+3 {
-				plain(ts, i)
-				sound(ts, i, 0x101, 0xc0)
-				return
-			}
-			ts.association(testPMT)
-			ts.section(testPMT, mapSection(1, 1, swapped...)...)
-			picture(ts, i, 0x101)
-			sound(ts, i, 0x100, 0xc0)
-		}},
-		{"PIDs swapped, same version", func(ts *tsMaker, i int) {
-			if i < muted+3 {
-				plain(ts, i)
-				sound(ts, i, 0x101, 0xc0)
-				return
-			}
-			ts.association(testPMT)
-			ts.section(testPMT, mapSection(1, 0, swapped...)...)
-			picture(ts, i, 0x101)
-			sound(ts, i, 0x100, 0xc0)
-		}},
+		{"PIDs swapped while muted", swap(1)},
+		{"PIDs swapped, same version", swap(0)},
 		{"a map with a wrong CRC that calls sound picture", func(ts *tsMaker, i int) {
 			plain(ts, i)
 			b := mapSection(1, 1, video, track{0x101, typeH264, nil})
