@@ -45,7 +45,7 @@ var simVideo, simSound = &track{pid: 0x100, streamType: typeH264}, &track{pid: 0
 
 // TestClockDrift: 50 ppm for 24 h, with 20 ms of jitter, stays within 20 ms.
 func TestClockDrift(t *testing.T) {
-	t.Parallel()
+	notUnderRace(t)
 	for _, ppm := range []int64{50, -50} {
 		c := testClock{hasVideo: true}
 		r := rand.New(rand.NewPCG(1, 2))

@@ -512,6 +512,7 @@ func TestProxyTunnel(t *testing.T) {
 // TestE2EProxy: video goes to the relay through tinyproxy, and again when the
 // relay was away.
 func TestE2EProxy(t *testing.T) {
+	t.Parallel()
 	if !inNamespace(t) {
 		return
 	}

@@ -218,7 +218,7 @@ func postBroken(t *testing.T, vw string, clip []byte) int {
 // up to 0.4 s before a dial and 0.48 s for a keyframe leave little of it to a busy
 // machine.
 func TestE2ERelayReturns(t *testing.T) {
-	wallClock(t)
+	notUnderRace(t)
 	certs := newCerts(t)
 	for _, tt := range []struct {
 		name   string
@@ -308,7 +308,7 @@ func checkReturns(t *testing.T, v *vwProcess, r *relayProcess, url, absent strin
 // Not parallel: a relay that shares its processor with other tests does not
 // keep up.
 func TestE2EBurst(t *testing.T) {
-	wallClock(t)
+	notUnderRace(t)
 	const (
 		rate   = 200e6 / 8 // bytes a second
 		relays = 4

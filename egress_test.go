@@ -507,7 +507,7 @@ func TestManyURLs(t *testing.T) {
 // 3 Mbit/s there, which comes back to us: a viewer gets every frame once or twice,
 // and none late.
 func TestTakeOverToken(t *testing.T) {
-	wallClock(t)
+	notUnderRace(t)
 	notShort(t, "it takes 10 s")
 	_, relay := startTokenRelay(t, "127.0.0.1:0", "-secret", relaySecret)
 	member := func() *controller {

@@ -486,7 +486,7 @@ func TestFramerPrograms(t *testing.T) {
 // TestFramerLimit holds I1: no chunk and no message of it, with all that a stream
 // adds, is over 1 MiB, whatever was read together.
 func TestFramerLimit(t *testing.T) {
-	t.Parallel()
+	notUnderRace(t)
 	var m tsMaker
 	m.tables(testVideo, typeH264, testAudio, typeMPEG1Audio)
 	for range 300 {

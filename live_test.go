@@ -20,7 +20,7 @@ import (
 
 // TestStall: a relay that stops reading for 4 s, at 1, 4 and 8 Mbit/s.
 func TestStall(t *testing.T) {
-	wallClock(t)
+	notUnderRace(t)
 	for _, mbit := range []int{1, 4, 8} {
 		t.Run(fmt.Sprint(mbit, " Mbit"), func(t *testing.T) {
 			t.Parallel()
@@ -189,7 +189,7 @@ func TestDeadPath(t *testing.T) {
 // rules and by the switch, on every way. After the call no message with the muted
 // track is begun, and framing and video are whole.
 func TestMute(t *testing.T) {
-	wallClock(t)
+	notUnderRace(t)
 	for _, tt := range []struct{ by, way, source string }{
 		{"rule", "ws", "stream/x"}, {"switch", "ws", "stream/x"}, {"switch", "ws", "both"},
 		{"switch", "wss", "stream/x"}, {"switch", "wss", "both"},
@@ -440,7 +440,7 @@ func hasAudio(check *tsCheck, b []byte) bool {
 // after the call nothing of the muted track comes, and no packet of the video is
 // lost.
 func TestMuteSeen(t *testing.T) {
-	wallClock(t)
+	notUnderRace(t)
 	ca := newCerts(t)
 	for _, by := range []string{"rule", "switch"} {
 		for _, way := range []string{"ws", "wss", "GET", "out"} {

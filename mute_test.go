@@ -930,7 +930,7 @@ func TestMuteCodecs(t *testing.T) {
 // TestMuteMany: a mute is in force on 1,000 destinations when its call returns,
 // which takes under 100 ms, but for one call in a hundred.
 func TestMuteMany(t *testing.T) {
-	wallClock(t)
+	notUnderRace(t)
 	notShort(t, "1,000 connections")
 	r, ctx, tasks := realRules(t, io.Discard)
 	relay := &chaosRelay{t: t, see: func([]byte) {}}

@@ -679,7 +679,7 @@ func (b pageBrowser) quiet(t *testing.T, expected ...string) {
 // TestPagePreview: every codec that can be played, alone and in streams, with
 // sound at a tap, through a mute, a restart and a lost connection.
 func TestPagePreview(t *testing.T) {
-	wallClock(t)
+	notUnderRace(t)
 	t.Parallel()
 	v := startVW(t, "VW_PLAYER="+npmPlayers(t))
 	b := pageBrowser{startBrowser(t)}
@@ -840,7 +840,7 @@ const readClock = `(() => {
 // than a second before, though the keyframe is long past; every picture, with
 // sound.
 func TestPageLive(t *testing.T) {
-	wallClock(t)
+	notUnderRace(t)
 	t.Parallel()
 	players := npmPlayers(t)
 	for _, tt := range []struct {

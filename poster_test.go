@@ -294,7 +294,7 @@ func (b *brokenClock) post(url string, all []sentPES, start time.Time) error {
 // the rules, its picture and sound are soon where they were, and ffmpeg decodes it
 // all without a complaint.
 func TestBrokenClocks(t *testing.T) {
-	wallClock(t)
+	notUnderRace(t)
 	t.Parallel()
 	fault, lasts := scaled(4., 4., 9.), scaled(10., 10., 30.)
 	clocks := slices.Clone(brokenClocks)

@@ -53,7 +53,7 @@ func testTone(hertz int) []string {
 // TestProgramPairs: tracks of several ffmpegs come out as one program that has
 // every frame of each, with every byte of it but the timestamps.
 func TestProgramPairs(t *testing.T) {
-	wallClock(t)
+	notUnderRace(t)
 	t.Parallel()
 	for _, tt := range []struct {
 		name  string
@@ -271,7 +271,7 @@ func onsets(t *testing.T, name, kind, filter string, threshold float64) (at []fl
 // TestProgramChanges: through mutes, kills and returns the stream stays one
 // valid program with every frame that was posted.
 func TestProgramChanges(t *testing.T) {
-	wallClock(t)
+	notUnderRace(t)
 	t.Parallel()
 	rounds := scaled(3, 3, 10)
 	s := startStream(t, 2)

@@ -148,6 +148,7 @@ func TestSOCKS(t *testing.T) {
 // TestE2ESOCKS: the same through a proxy that is not ours.
 func TestE2ESOCKS(t *testing.T) {
 	microsocks := needs(t, "microsocks")
+	t.Parallel()
 	if !inNamespace(t) {
 		return
 	}

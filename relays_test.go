@@ -858,6 +858,7 @@ global
 	maxconn 64
 defaults
 	mode http
+	retries 0
 	timeout connect 5s
 	timeout client %[1]s
 	timeout server %[1]s

@@ -191,6 +191,7 @@ func (n *nameserver) answer(m dnsmessage.Message) *dnsmessage.Message {
 // TestLookups: a rule whose relay has a name, with nameservers that are silent and
 // addresses that are black holes: how soon it is connected, and what is told.
 func TestLookups(t *testing.T) {
+	t.Parallel()
 	if !inNamespace(t) {
 		return
 	}

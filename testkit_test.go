@@ -103,12 +103,13 @@ var (
 // discardLog is a logger for what no test reads.
 var discardLog = slog.New(slog.DiscardHandler)
 
-// wallClock is for tests of limits in real time. The race detector makes vw and
-// the tests several times slower, so test.sh runs these again without it.
-func wallClock(t *testing.T) {
+// notUnderRace is for tests of limits in real time, and for long ones of a single
+// goroutine: the race detector makes vw and the tests several times slower, so
+// test.sh runs these without it.
+func notUnderRace(t *testing.T) {
 	t.Helper()
 	if underRace {
-		t.Skip("limits in real time are looked at without the race detector")
+		t.Skip("test.sh runs it without the race detector")
 	}
 }
 
@@ -664,7 +665,6 @@ func inNamespace(t *testing.T) bool {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Parallel()
 	inner := exec.Command(unshare, "--map-root-user", "--net", "--mount", self, "-test.run", "^"+t.Name()+"$", "-test.v", "-test.timeout", "5m", fmt.Sprintf("-long=%t", *long))
 	inner.Env = append(os.Environ(), "VW_TEST_NAMESPACE=1")
 	out, err := inner.CombinedOutput()
