@@ -436,14 +436,17 @@ func quantile(v []float64, q float64) float64 {
 }
 
 // BenchmarkLatency: from before the write of the last byte of a frame to vw,
-// until its last byte is read at the relay, at 1 Mbit/s.
+// until its last byte is read at the relay, at 25 frames/s; and the part of a
+// processor that vw needs for it.
 func BenchmarkLatency(b *testing.B) {
-	for _, n := range []int{1, 20, 200} {
-		b.Run(fmt.Sprintf("destinations=%d", n), func(b *testing.B) { benchLatency(b, n) })
+	for _, c := range []struct {
+		destinations, mbit int
+	}{{1, 1}, {20, 1}, {200, 1}, {1000, 1}, {1, 8}, {20, 8}, {200, 8}} {
+		b.Run(fmt.Sprintf("destinations=%d/%dMbit", c.destinations, c.mbit), func(b *testing.B) { benchLatency(b, c.destinations, c.mbit*5_000) })
 	}
 }
 
-func benchLatency(b *testing.B, destinations int) {
+func benchLatency(b *testing.B, destinations, size int) {
 	const frames, every = 250, 40 * time.Millisecond
 	l := listenLoopback(b)
 	base := time.Now()
@@ -458,16 +461,18 @@ func benchLatency(b *testing.B, destinations int) {
 			got[frame] = append(got[frame], at.Sub(base))
 		})
 	})
-	addr := benchVW(b, destinations, "ws://"+l.Addr().String()).addr
+	v := benchVW(b, destinations, "ws://"+l.Addr().String())
 	waitFor(b, "all destinations", func() bool { return conns.Load() == int64(destinations) })
 	time.Sleep(100 * time.Millisecond) // the handshakes
-	post := newBenchPost(b, addr, 5_000, every)
+	post := newBenchPost(b, v.addr, size, every)
 	post.feed(b, 25, func(int) {})
 	sent := make(map[int]time.Duration)
+	cpu := cpuTime(b, v.cmd.Process.Pid)
 	for b.Loop() {
 		post.feed(b, frames, func(frame int) { sent[frame] = time.Since(base) })
 		time.Sleep(100 * time.Millisecond)
 	}
+	cpu = cpuTime(b, v.cmd.Process.Pid) - cpu
 	var took []float64 // microseconds
 	mu.Lock()
 	defer mu.Unlock()
@@ -480,6 +485,7 @@ func benchLatency(b *testing.B, destinations int) {
 		b.Errorf("%d frames arrived, want %d", len(took), want)
 	}
 	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(100*cpu.Seconds()/b.Elapsed().Seconds(), "%CPU")
 	for _, p := range []int{50, 95, 99} {
 		b.ReportMetric(quantile(took, float64(p)/100), fmt.Sprintf("p%d-us", p))
 	}

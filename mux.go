@@ -19,7 +19,7 @@ import (
 // maxWrites is how often a publisher writes a chunk itself, at most: for so long it
 // holds the locks of its feed and stream, for which a mute waits. More readers have
 // it from the goroutines of their links.
-const maxWrites = 64
+const maxWrites = 32
 
 const maxPublishers = 256 // feeds that are published; each holds up to 2 MiB
 
@@ -433,15 +433,21 @@ func (f *feed) offer(m *message) {
 	offer(m, f.subs)
 }
 
-// offer hands m, of which all may be muted, to readers, and writes it to some.
+// offer hands m, of which all may be muted, to readers, and writes it to some: last,
+// so that other processors write to the others meanwhile.
 func offer(m *message, subs []*subscriber) {
-	for _, s := range subs {
-		switch {
-		case m.size == 0:
+	if m.size == 0 {
+		for _, s := range subs {
 			s.countMuted()
-		case m.writes == 0:
-			s.offer(m)
-		case s.offerNow(m):
+		}
+		return
+	}
+	own := min(m.writes, len(subs))
+	for _, s := range subs[own:] {
+		s.offer(m)
+	}
+	for _, s := range subs[:own] {
+		if s.offerNow(m) {
 			m.writes--
 		}
 	}
