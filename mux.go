@@ -16,10 +16,15 @@ import (
 	"time"
 )
 
-// maxWrites is how often a publisher writes a chunk itself, at most: for so long it
-// holds the locks of its feed and stream, for which a mute waits. More readers have
-// it from the goroutines of their links.
-const maxWrites = 32
+// How often a publisher writes a chunk itself, at most: for so long it holds the locks
+// of its feed and stream, for which a mute waits. More readers have it from the
+// goroutines of their links. Those write at the same time, which is worth their
+// wake-ups only while processors are idle: not where chunks come soon after each other.
+const (
+	maxWrites     = 32
+	maxWritesSoon = 256
+	soon          = 10 * time.Millisecond
+)
 
 const maxPublishers = 256 // feeds that are published; each holds up to 2 MiB
 
@@ -362,6 +367,7 @@ type feed struct {
 	clock     clock
 	held      []*message // wait for the clock to be ready, before streams get them
 	heldBytes int
+	heard     time.Time // when the last chunk arrived
 	subs      []*subscriber
 	streams   []*stream
 	figures   feedFigures
@@ -380,6 +386,10 @@ func (f *feed) publish(pub *publisher, m *message, now ticks) (waits bool) {
 	}
 	f.kinds.note(m)
 	m.writes = maxWrites
+	if m.at.Sub(f.heard) < soon {
+		m.writes = maxWritesSoon
+	}
+	f.heard = m.at
 	if !f.filter.used() {
 		f.offer(m)
 	}
@@ -413,8 +423,9 @@ func (f *feed) publishHeld(at time.Time, now ticks) {
 	for i, m := range f.held {
 		f.clock.place(m.stamps, m.info.key, now-toTicks(at.Sub(m.at)), now)
 		if f.filter.used() {
+			writes := m.writes
 			m = f.filter.apply(m, m.stamps, now)
-			f.held[i], m.writes = m, maxWrites
+			f.held[i], m.writes = m, writes
 			f.offer(m)
 		}
 		for _, st := range f.streams {

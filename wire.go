@@ -174,7 +174,8 @@ func (t *transport) flush() (n int, err error) {
 // pace estimates how late what is written now will arrive: after all that the
 // kernel holds already. The zero value is ready for use.
 type pace struct {
-	looked time.Time
+	looked time.Time     // at the rate
+	asked  time.Time     // whether that is due
 	rate   float64       // bytes a second; 0: not known
 	minRTT time.Duration // the shortest way there and back
 	delay  time.Duration // of a byte that is written now, beyond the shortest way
@@ -182,9 +183,12 @@ type pace struct {
 
 // look updates the estimate.
 func (c *pace) look(w wire, now time.Time) {
-	if since := now.Sub(c.looked); since >= calmEvery || since >= paceEvery && (c.matters() || w.unacked() > 0) {
-		c.looked = now
-		c.lookAtRate(w, since)
+	if now.Sub(c.asked) >= paceEvery {
+		c.asked = now
+		if since := now.Sub(c.looked); since >= calmEvery || c.matters() || w.unacked() > 0 {
+			c.looked = now
+			c.lookAtRate(w, since)
+		}
 	}
 	if c.delay = 0; c.matters() {
 		c.delay = max(0, c.time(w.unacked())-c.minRTT)
