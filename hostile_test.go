@@ -332,7 +332,9 @@ func TestReadersShareDescriptors(t *testing.T) {
 
 	const readers = 1100
 	answers := make(chan *http.Response, readers)
+	waiting := make(chan struct{}, 100) // of 256 callers who are no readers yet
 	for range readers {
+		waiting <- struct{}{}
 		conn, err := net.DialTimeout("tcp", v.addr, startupTime)
 		if err != nil {
 			t.Fatal(err)
@@ -342,6 +344,7 @@ func TestReadersShareDescriptors(t *testing.T) {
 		go func() {
 			io.WriteString(conn, "GET /ts/stream/front HTTP/1.1\r\nHost: localhost\r\n\r\n")
 			a, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			<-waiting
 			if err != nil {
 				t.Errorf("a reader: %v", err)
 				a = &http.Response{}
