@@ -21,7 +21,8 @@ need ca-certificates=/etc/ssl/certs/ca-certificates.crt curl=curl openssl=openss
 	nginx-light=nginx haproxy=haproxy caddy=caddy tinyproxy-bin=tinyproxy microsocks=microsocks prometheus=promtool \
 	iproute2=ip systemd=systemd-analyze
 
-timed=$(awk '/^func Test/ { name = $2; sub(/\(.*/, "", name) } /^	wallClock\(t\)/ { print name }' ./*_test.go | paste -sd '|')
+timed=$(awk '/^func Test/ { name = $2; sub(/\(.*/, "", name) } /^	notUnderRace\(t\)/ { print name }' ./*_test.go | paste -sd '|')
+[[ -n $timed ]] || fail 'no test calls notUnderRace'
 set -x
 go test -race ./... "$@"
 (($# > 0)) || go test -parallel 2 -run "^($timed)\$" .
