@@ -46,7 +46,7 @@ var (
 	errShutdown  = errors.New("vw is shutting down") // ends everything that runs
 )
 
-// link is a connection to one reader. Only its send loop writes.
+// link is a connection to one reader. Its send loop writes, and publishers while that lets them.
 type link struct {
 	net.Conn // a *tls.Conn for wss, a *response for GET /ts
 

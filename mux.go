@@ -448,9 +448,7 @@ func (f *feed) offer(m *message) {
 // so that other processors write to the others meanwhile.
 func offer(m *message, subs []*subscriber) {
 	if m.size == 0 {
-		for _, s := range subs {
-			s.countMuted()
-		}
+		countMuted(subs)
 		return
 	}
 	own := min(m.writes, len(subs))
@@ -461,6 +459,13 @@ func offer(m *message, subs []*subscriber) {
 		if s.offerNow(m) {
 			m.writes--
 		}
+	}
+}
+
+// countMuted counts a message of which all is muted.
+func countMuted(subs []*subscriber) {
+	for _, s := range subs {
+		s.countMuted()
 	}
 }
 
@@ -688,9 +693,7 @@ func (st *stream) publishMuted(src *source, m *message, at time.Time, now ticks,
 		st.sendPSI(at, now)
 	}
 	if m.muted {
-		for _, s := range st.subs {
-			s.countMuted()
-		}
+		countMuted(st.subs)
 	}
 }
 
