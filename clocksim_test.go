@@ -251,14 +251,14 @@ func TestClockSimulation(t *testing.T) {
 	if testing.Short() {
 		rates, faults = []float64{1, 5, 25}, []float64{21.3}
 	}
-	tables := make([]strings.Builder, len(rates))
-	simulateAt := func(fps float64, table *strings.Builder) {
-		fmt.Fprintf(table, "\n%g frames a second\n%16s", fps, "")
+	simulateAt := func(fps float64) string {
+		var table strings.Builder
+		fmt.Fprintf(&table, "\n%g frames a second\n%16s", fps, "")
 		for _, m := range clockModels {
-			fmt.Fprintf(table, "%14s", m.name)
+			fmt.Fprintf(&table, "%14s", m.name)
 		}
 		for a, am := range arrivalModels {
-			fmt.Fprintf(table, "\n%-16s", am.name)
+			fmt.Fprintf(&table, "\n%-16s", am.name)
 			for _, m := range clockModels {
 				worst, late := 0.0, uint64(0)
 				for i, fault := range faults {
@@ -275,21 +275,19 @@ func TestClockSimulation(t *testing.T) {
 				if late > 0 {
 					cell += fmt.Sprintf(" -%d", late)
 				}
-				fmt.Fprintf(table, "%14s", cell)
+				fmt.Fprintf(&table, "%14s", cell)
 			}
 		}
+		return table.String()
 	}
+	tables := make([]string, len(rates))
 	var running sync.WaitGroup
 	for i, fps := range rates {
-		running.Go(func() { simulateAt(fps, &tables[i]) })
+		running.Go(func() { tables[i] = simulateAt(fps) })
 	}
 	running.Wait()
 	if *clockTable != "" {
-		var all strings.Builder
-		for i := range tables {
-			all.WriteString(tables[i].String())
-		}
-		if err := os.WriteFile(*clockTable, []byte(all.String()), 0o644); err != nil {
+		if err := os.WriteFile(*clockTable, []byte(strings.Join(tables, "")), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -50,7 +50,6 @@ func (f faults) String() string {
 type faulty struct {
 	vwProcess
 	disk *disk
-	log  logBuffer // empty where the log stalls
 }
 
 // startFaulty starts a vw whose log and disk are well until hang.
@@ -97,7 +96,7 @@ func startFaulty(t *testing.T, f faults) *faulty {
 		}
 	}
 	if f&stalledLog == 0 {
-		go io.Copy(&v.log, log)
+		go io.Copy(&v.out, log)
 	}
 	return v
 }
@@ -248,7 +247,7 @@ func (v *faulty) endsInTime(t *testing.T) {
 	case <-v.done:
 		t.Logf("ended after %v", time.Since(start))
 		if d := time.Since(start); d > 5*time.Second || v.err != nil {
-			t.Errorf("ended with %v after %v, want status 0 within 5 s; SIGTERM was at %v; the log:\n%s", v.err, d, start, v.log.String())
+			t.Errorf("ended with %v after %v, want status 0 within 5 s; SIGTERM was at %v; the log:\n%s", v.err, d, start, v.out.String())
 		}
 	case <-time.After(startupTime):
 		t.Fatalf("still runs %v after SIGTERM", startupTime)

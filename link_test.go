@@ -351,7 +351,7 @@ func TestLateness(t *testing.T) {
 		s := newSubscriber(raw, maxAge, nil)
 		offer := func(size int, age time.Duration) {
 			m := newMessage(make([]byte, size), now.Add(-age), chunkInfo{start: true, key: true, hasVideo: true, hasPAT: true})
-			s.offerNow(m)
+			s.offer(m)
 			m.release()
 		}
 		offer(25_000, maxAge+10*time.Millisecond)

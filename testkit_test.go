@@ -103,8 +103,8 @@ var (
 // discardLog is a logger for what no test reads.
 var discardLog = slog.New(slog.DiscardHandler)
 
-// notUnderRace is for tests of limits in real time, and for long ones of a single
-// goroutine: the race detector makes vw and the tests several times slower, so
+// notUnderRace is for tests of limits in real time, and for long ones whose
+// goroutines share nothing: the race detector makes vw and the tests several times slower, so
 // test.sh runs these without it.
 func notUnderRace(t *testing.T) {
 	t.Helper()
