@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"slices"
 	"testing"
 	"time"
@@ -102,6 +103,53 @@ func TestStreamIsAProgram(t *testing.T) {
 	apart := check.pts[0x100][249] - check.pts[0x101][want-1]
 	if lead < second/10 || lead > second*3/10 || apart < -second/20 || apart > second/20 {
 		t.Errorf("video is %d ticks ahead of the PCR and %d of audio", lead, apart)
+	}
+}
+
+// TestStreamTables: PAT, PMT and a PCR come ahead of each keyframe, and at most
+// 100 ms after the last ones while frames do, whether they go out or are muted.
+func TestStreamTables(t *testing.T) {
+	for _, muted := range []kindSet{0, muteSound} {
+		b := newBench(t, "stream/x", "video0", "audio0")
+		b.setMute(muted)
+		v, a := newCamera(), newMicrophone()
+		random := rand.New(rand.NewPCG(9, 0))
+		var last time.Time
+		count := 0
+		for i := range 5000 {
+			b.at = b.at.Add(time.Duration(random.IntN(45000)) * time.Microsecond)
+			b.post("audio0", a.next())
+			got := packet(b.got())
+			key := false
+			if i%1000 < 500 { // then the camera stands still
+				key = v.n%v.gop == 0
+				b.post("video0", v.next())
+				if key {
+					got = b.got()
+				} else {
+					got = append(got, b.got()...)
+				}
+			}
+			if count == 0 && len(got) == 0 {
+				continue // the clocks are not set yet
+			}
+			apart := b.at.Sub(last)
+			if count > 0 && apart > 100*time.Millisecond {
+				t.Fatalf("muted %v, frame %d: the last PAT is %v old", muted, i, apart)
+			}
+			if len(got) > 0 && got.pid() == patPID {
+				if p := got[packetSize:]; p.pid() != outPMT || p[packetSize:].pid() != outPCR {
+					t.Fatalf("muted %v, frame %d: PID %#x and %#x follow the PAT", muted, i, p.pid(), p[packetSize:].pid())
+				}
+				last = b.at
+				count++
+			} else if key {
+				t.Fatalf("muted %v, frame %d: a keyframe without PAT", muted, i)
+			}
+		}
+		if count < 1000 {
+			t.Errorf("muted %v: got %d PAT in 112 s", muted, count)
+		}
 	}
 }
 
