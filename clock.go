@@ -446,8 +446,9 @@ func (t *trackClock) mediaTime(dts, at ticks) (m ticks, fits bool) {
 	n := ticks(t.misses + 1)
 	da := at - t.ref.at
 	lag := at - t.tail() - t.on(t.ref.dts+d+t.shift) - t.behind // if it fits
-	if t.even >= regular && da <= t.gap*3/2 {
-		da = 0 // no sign of a pause
+	isPause := da > t.scaled(n*t.period)+pause && -fit <= lag && lag <= fit
+	if t.even >= regular && da <= t.gap*3/2 && !isPause {
+		da = 0
 	}
 	tooShort := d <= -fit || t.even >= regular && n <= 3 && d < n*t.period-fit && lag > fit
 	tooLong := t.scaled(d) > max(t.scaled(n*t.period), da)+fit
@@ -489,7 +490,7 @@ func (t *trackClock) mediaTime(dts, at ticks) (m ticks, fits bool) {
 		t.owed.add(at-t.seen, here, t.rate)
 	}
 	t.owed.last = here
-	t.gap = max(at-t.seen, t.gap-(at-t.seen)/8)
+	t.gap = max(min(at-t.seen, t.longPause()), t.gap-(at-t.seen)/8) // one long pause is no habit
 	t.media, t.seen = m, at
 	return m, fits
 }

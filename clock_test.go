@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+	"time"
 )
 
 // testClock is the clock of a feed, and what waits for it.
@@ -220,5 +221,48 @@ func TestClockWords(t *testing.T) {
 				t.Errorf("got state %q, news %q, %+v, want %q, %q, %+v", state, news, stats, tt.want, tt.news, tt.stats)
 			}
 		})
+	}
+}
+
+// TestClockPauses: a camera that sees nothing for a while, again and again, and says
+// so in its timestamps, loses no picture, and none is late.
+func TestClockPauses(t *testing.T) {
+	for seed := range scaled(6, 24, 240) {
+		random := rand.New(rand.NewPCG(uint64(seed), 0))
+		b := newBench(t, "stream/x", "video0")
+		v := newCamera()
+		v.step = []ticks{1800, 3600, 9000}[seed%3]
+		every := v.step.duration()
+		jitter := int64(seed/3%2) * int64(20*time.Millisecond)
+		start, taken := b.at, 0 // frames of the time that is over
+		for n := range 6 {
+			frames := 1 + random.IntN(int(20*time.Second/every))
+			if n == 0 {
+				frames += int(5 * time.Second / every)
+			}
+			for i := range frames {
+				at := start.Add(time.Duration(taken)*every + time.Duration(random.Int64N(jitter+1)))
+				if i == 0 {
+					at = at.Add(time.Duration(random.IntN(90)) * time.Millisecond)
+				}
+				if at.After(b.at) {
+					b.at = at
+				}
+				v.n = taken
+				b.post("video0", v.next())
+				taken++
+				got := pesTimes(b.got(), 0x100)
+				if n == 0 {
+					continue // until the clock is set
+				}
+				if len(got) != 1 {
+					t.Fatalf("seed %d: frame %d after pause %d: %d pictures go out, want 1", seed, i, n, len(got))
+				}
+				if late := (b.now(b.at) - b.feeds["video0"].clock.tracks[0].out).duration(); late > 300*time.Millisecond {
+					t.Fatalf("seed %d: frame %d after pause %d goes out with a DTS %v ago", seed, i, n, late)
+				}
+			}
+			taken += random.IntN(int(10 * time.Second / every))
+		}
 	}
 }
