@@ -174,9 +174,9 @@ func benchStart(b testing.TB, role string, cmd *exec.Cmd) (pid int, addr string,
 	}
 }
 
-// benchVW starts vw, which sends the feed "bench" to n destinations at relay. In
-// the end it shows what vw warned of.
-func benchVW(b *testing.B, n int, relay string) *vwProcess {
+// benchVW starts vw, which sends the feed "bench", as it is or as a stream, to n
+// destinations at relay. In the end it shows what vw warned of.
+func benchVW(b *testing.B, name string, n int, relay string) *vwProcess {
 	v := startVW(b, os.Environ()...)
 	b.Cleanup(func() {
 		for line := range strings.Lines(v.out.String()) {
@@ -185,7 +185,10 @@ func benchVW(b *testing.B, n int, relay string) *vwProcess {
 			}
 		}
 	})
-	benchRules(b, v, "bench", n, relay)
+	if isStream(name) {
+		v.call(b, http.StatusOK, "POST", "/api/streams", fmt.Sprintf(`{"stream":%q,"feeds":["bench"]}`, name))
+	}
+	benchRules(b, v, name, n, relay)
 	return v
 }
 
@@ -271,6 +274,7 @@ type benchPost struct {
 	net.Conn
 	clip  benchClip
 	chunk []byte
+	ended time.Time // when the last frames were posted
 }
 
 func newBenchPost(b *testing.B, addr string, frame int, every time.Duration) *benchPost {
@@ -283,9 +287,14 @@ func newBenchPost(b *testing.B, addr string, frame int, every time.Duration) *be
 	return &benchPost{Conn: conn, clip: benchClip{packets: frame/packetSize + 1, every: every}}
 }
 
-// feed posts frames in real time, and returns how many bytes they had.
+// feed posts frames in real time, and returns how many bytes they had. Between two
+// calls the camera sees nothing.
 func (p *benchPost) feed(b *testing.B, frames int, sending func(frame int)) (n int64) {
 	start := time.Now()
+	if !p.ended.IsZero() {
+		p.clip.frames += int(start.Sub(p.ended) / p.clip.every)
+	}
+	defer func() { p.ended = time.Now() }()
 	for i := range frames {
 		time.Sleep(time.Until(start.Add(time.Duration(i) * p.clip.every)))
 		frame := p.clip.next()
@@ -312,11 +321,13 @@ func BenchmarkRelay(b *testing.B) {
 		{"8Mbit", 40_000, 40 * time.Millisecond},
 		{"400Mbit", 100_000, 2 * time.Millisecond},
 	} {
-		b.Run(c.name, func(b *testing.B) {
-			m := newComparison(b, 16, "ws")
-			m.add("raw")
-			m.run(c.frame, c.every, 5*time.Second)
-		})
+		for _, name := range []string{"bench", "stream/bench"} {
+			b.Run(c.name+"/"+name, func(b *testing.B) {
+				m := newComparison(b, name, 16, "ws")
+				m.add("raw")
+				m.run(c.frame, c.every, 5*time.Second)
+			})
+		}
 	}
 }
 
@@ -328,12 +339,12 @@ func BenchmarkFanOut(b *testing.B) {
 		for _, frame := range []int{1_316, 5_264, 16_356} { // whole packets
 			every := time.Duration(n) * time.Duration(frame) * time.Second / 40e6
 			b.Run(fmt.Sprintf("destinations=%d/frame=%d", n, frame), func(b *testing.B) {
-				m := newComparison(b, n, "ws")
+				m := newComparison(b, "bench", n, "ws")
 				m.add("raw", "x/net", "gorilla")
 				m.run(frame, every, 400*time.Millisecond)
 			})
 			b.Run(fmt.Sprintf("TLS/destinations=%d/frame=%d", n, frame), func(b *testing.B) {
-				m := newComparison(b, n, "wss")
+				m := newComparison(b, "bench", n, "wss")
 				m.add("raw", "x/net", "gorilla")
 				m.run(frame, every, 400*time.Millisecond)
 			})
@@ -358,7 +369,7 @@ type benchRelay struct {
 	costs      []float64 // CPU seconds per GB
 }
 
-func newComparison(b *testing.B, n int, scheme string) *comparison {
+func newComparison(b *testing.B, name string, n int, scheme string) *comparison {
 	m := &comparison{b: b, n: n, scheme: scheme}
 	var args []string
 	certs := newCerts(b)
@@ -367,7 +378,7 @@ func newComparison(b *testing.B, n int, scheme string) *comparison {
 		args = []string{certs.cert, certs.key}
 	}
 	_, m.addr, m.count = benchChild(b, "receivers", args...)
-	m.vw = benchVW(b, n, scheme+"://"+m.addr)
+	m.vw = benchVW(b, name, n, scheme+"://"+m.addr)
 	m.relays = []benchRelay{{kind: "vw", pid: m.vw.cmd.Process.Pid, addr: m.vw.addr}}
 	return m
 }
@@ -442,11 +453,13 @@ func BenchmarkLatency(b *testing.B) {
 	for _, c := range []struct {
 		destinations, mbit int
 	}{{1, 1}, {20, 1}, {200, 1}, {1000, 1}, {1, 8}, {20, 8}, {200, 8}} {
-		b.Run(fmt.Sprintf("destinations=%d/%dMbit", c.destinations, c.mbit), func(b *testing.B) { benchLatency(b, c.destinations, c.mbit*5_000) })
+		for _, name := range []string{"bench", "stream/bench"} {
+			b.Run(fmt.Sprintf("destinations=%d/%dMbit/%s", c.destinations, c.mbit, name), func(b *testing.B) { benchLatency(b, name, c.destinations, c.mbit*5_000) })
+		}
 	}
 }
 
-func benchLatency(b *testing.B, destinations, size int) {
+func benchLatency(b *testing.B, name string, destinations, size int) {
 	const frames, every = 250, 40 * time.Millisecond
 	l := listenLoopback(b)
 	base := time.Now()
@@ -461,7 +474,7 @@ func benchLatency(b *testing.B, destinations, size int) {
 			got[frame] = append(got[frame], at.Sub(base))
 		})
 	})
-	v := benchVW(b, destinations, "ws://"+l.Addr().String())
+	v := benchVW(b, name, destinations, "ws://"+l.Addr().String())
 	waitFor(b, "all destinations", func() bool { return conns.Load() == int64(destinations) })
 	time.Sleep(100 * time.Millisecond) // the handshakes
 	post := newBenchPost(b, v.addr, size, every)
@@ -560,7 +573,7 @@ func BenchmarkMemory(b *testing.B) {
 	const n = 1000
 	for _, scheme := range []string{"ws", "wss"} {
 		b.Run(scheme, func(b *testing.B) {
-			m := newComparison(b, 0, scheme)
+			m := newComparison(b, "bench", 0, scheme)
 			resident := func() int {
 				n, err := m.vw.rss()
 				if err != nil {
@@ -584,7 +597,7 @@ func BenchmarkMemory(b *testing.B) {
 // BenchmarkRules: mutes and unmutes, each by a call over HTTP, of a stream that
 // goes to 16 destinations at 1 Mbit/s.
 func BenchmarkRules(b *testing.B) {
-	m := newComparison(b, 0, "ws")
+	m := newComparison(b, "bench", 0, "ws")
 	set := func(feeds string) {
 		r, err := http.Post(m.vw.url+"/api/streams", "", strings.NewReader(`{"stream":"stream/x","feeds":[`+feeds+`]}`))
 		if err != nil || r.StatusCode != http.StatusOK {

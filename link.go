@@ -80,17 +80,19 @@ type link struct {
 	ping      atomic.Pointer[sentPing] // that waits for its pong; nil: none
 	roundTrip atomic.Int64             // nanoseconds that the last one took; 0: not known
 
-	// owned by the send loop, and pace and sealed, while they may write, by publishers
+	// owned by the send loop, and, while they may write, by publishers
+	iov    [][]byte
+	buf    []byte // one TLS record
+	sealed int    // bytes of what was taken that TLS has, and the kernel not all of
+	pace   pace
+
+	// owned by the send loop
 	sent    time.Time // when media was last written
-	iov     [][]byte
 	vec     net.Buffers
-	buf     []byte    // one TLS record
-	sealed  int       // bytes of what was taken that TLS has, and the kernel not all of
 	armed   time.Time // when the write deadline was set; zero: it must be set again
 	stalled time.Time // since when no write made progress; zero: the last did
 	stuckAt uint64    // progress when it stalled
-	pace    pace
-	torn    bool // a control frame is begun and not whole
+	torn    bool      // a control frame is begun and not whole
 }
 
 // sentPing is a ping on its way.
@@ -542,17 +544,24 @@ func (l *link) isFast(now time.Time) bool {
 	return l.pace.delay == 0 && l.pace.time(messageLimit) < l.maxAge/2
 }
 
-// writeNow writes for a publisher what the connection takes of b at once, and
+// writeNow writes for a publisher what the connection takes of items at once, and
 // returns how many bytes that is; not done if the send loop has to go on with it.
-func (l *link) writeNow(b []byte, now time.Time) (n int, done bool) {
+func (l *link) writeNow(items []item, now time.Time) (n int, done bool) {
+	l.iov = l.iov[:0]
+	size := 0
+	for _, it := range items {
+		b := it.wire(l.out)
+		l.iov = append(l.iov, b)
+		size += len(b)
+	}
 	switch {
-	case len(b) > maxDirect || !l.isFast(now):
+	case size > maxDirect || !l.isFast(now):
 		return 0, true
 	case l.plain:
-		return l.direct.write(b), true
+		return l.direct.write(l.iov), true
 	}
-	for n < len(b) && !l.below.holds() {
-		took, err := l.Conn.Write(b[n:min(n+maxRecord, len(b))])
+	for n < size && !l.below.holds() {
+		took, err := l.Conn.Write(l.record(n))
 		if n += took; err != nil {
 			break
 		}
@@ -562,6 +571,21 @@ func (l *link) writeNow(b []byte, now time.Time) (n int, done bool) {
 		return 0, false
 	}
 	return n, true
+}
+
+// record returns what goes into one TLS record: of l.iov, from byte from on.
+func (l *link) record(from int) []byte {
+	l.buf = l.buf[:0]
+	for i, b := range l.iov {
+		skip := min(from, len(b))
+		from, b = from-skip, b[skip:]
+		b = b[:min(len(b), maxRecord-len(l.buf))]
+		if len(l.buf) == 0 && (len(b) == maxRecord || i == len(l.iov)-1) {
+			return b // as it is
+		}
+		l.buf = append(l.buf, b...)
+	}
+	return l.buf
 }
 
 // batch returns the most bytes in one write: less where these would take long.

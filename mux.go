@@ -441,25 +441,27 @@ func (f *feed) offer(m *message) {
 		return
 	}
 	m.offered = true
-	offer(m, f.subs)
-}
-
-// offer hands m, of which all may be muted, to readers, and writes it to some: last,
-// so that other processors write to the others meanwhile.
-func offer(m *message, subs []*subscriber) {
 	if m.size == 0 {
-		countMuted(subs)
+		countMuted(f.subs)
 		return
 	}
-	own := min(m.writes, len(subs))
+	m.writes = offer(f.subs, m.writes, m)
+}
+
+// offer hands messages to readers, and writes them to some, of whom there may be so
+// many: last, so that other processors write to the others meanwhile. It returns to how
+// many more its caller may write.
+func offer(subs []*subscriber, writes int, messages ...*message) int {
+	own := min(writes, len(subs))
 	for _, s := range subs[own:] {
-		s.offer(m)
+		s.offer(messages...)
 	}
 	for _, s := range subs[:own] {
-		if s.offerNow(m) {
-			m.writes--
+		if s.offerNow(messages...) {
+			writes--
 		}
 	}
+	return writes
 }
 
 // countMuted counts a message of which all is muted.
@@ -664,8 +666,9 @@ func (st *stream) publish(m *message, at time.Time, now ticks, anew bool) {
 		src.replay.clear()
 	}
 	info.hasPAT, info.anew = true, opened
+	messages := make([]*message, 0, 2)
 	if st.remux.follow(src, m.info.program) || m.info.key || now-st.remux.sent >= psiEvery {
-		st.sendPSI(at, now)
+		messages = append(messages, st.remux.newPSI(at, now))
 	}
 	if opens {
 		info.marks = st.remux.marks(src)
@@ -676,11 +679,9 @@ func (st *stream) publish(m *message, at time.Time, now ticks, anew bool) {
 		src.kinds(&m.kinds, &out.kinds)
 		out.opening = src.opening(out)
 		src.keep(out, m)
-		out.writes = m.writes
-		st.offer(out)
-		m.writes = out.writes
-		out.release()
+		messages = append(messages, out)
 	}
+	m.writes = st.offer(m.writes, messages...)
 }
 
 // publishMuted is publish for a message with nothing for the program; mu is held.
@@ -698,12 +699,7 @@ func (st *stream) publishMuted(src *source, m *message, at time.Time, now ticks,
 }
 
 // sendPSI sends the program map and a PCR, as of now; mu is held.
-func (st *stream) sendPSI(at time.Time, now ticks) {
-	info := chunkInfo{start: true, hasPAT: true, marks: st.remux.psiMarks()}
-	m := newMessage(st.remux.appendPSI(nil, now), at, info)
-	st.offer(m)
-	m.release()
-}
+func (st *stream) sendPSI(at time.Time, now ticks) { st.offer(0, st.remux.newPSI(at, now)) }
 
 // refresh sends the program map and a PCR to readers who get nothing else. It
 // reports whether there is a program map.
@@ -719,11 +715,18 @@ func (st *stream) refresh(at time.Time, now ticks) bool {
 	return true
 }
 
-// offer hands m to the readers; mu is held.
-func (st *stream) offer(m *message) {
-	st.meter.add(sample{at: m.at, bytes: st.bytes})
-	st.bytes += uint64(m.size)
-	offer(m, st.subs)
+// offer hands messages, which it releases, to the readers, and writes them to so many
+// of them. It returns to how many more its caller may write; mu is held.
+func (st *stream) offer(writes int, messages ...*message) int {
+	for _, m := range messages {
+		st.meter.add(sample{at: m.at, bytes: st.bytes})
+		st.bytes += uint64(m.size)
+	}
+	writes = offer(st.subs, writes, messages...)
+	for _, m := range messages {
+		m.release()
+	}
+	return writes
 }
 
 // setFeeds makes feeds those of the stream, in their order. Every reader drops

@@ -40,21 +40,28 @@ func unacked(c syscall.RawConn) int { return queued(c, sioOutq) }
 func queued(c syscall.RawConn, what uintptr) int {
 	var n int32
 	c.Control(func(fd uintptr) {
-		ioctl(int(fd), what, unsafe.Pointer(&n))
+		syscall.RawSyscall(syscall.SYS_IOCTL, fd, what, uintptr(unsafe.Pointer(&n)))
 	})
 	return int(n)
 }
 
 const canSendNow = true
 
-// sendNow writes what a socket that does not block takes of b, and returns how many
-// bytes that is.
-func sendNow(fd int, b []byte) int {
-	n, err := syscall.Write(fd, b)
-	if err != nil {
+// sendNow writes what a socket that does not block takes of the first parts, and
+// returns how many bytes that is. It is a raw system call, as are those that ask a
+// socket: the scheduler need not be ready for them to block.
+func sendNow(fd int, parts [][]byte) int {
+	var vec [4]syscall.Iovec
+	parts = parts[:min(len(parts), len(vec))]
+	for i, b := range parts {
+		vec[i].Base = unsafe.SliceData(b)
+		vec[i].SetLen(len(b))
+	}
+	n, _, e := syscall.RawSyscall(syscall.SYS_WRITEV, uintptr(fd), uintptr(unsafe.Pointer(&vec)), uintptr(len(parts)))
+	if e != 0 {
 		return 0
 	}
-	return n
+	return int(n)
 }
 
 // tcpInfo returns what the kernel knows of a connection: how many bytes of it are
@@ -64,7 +71,7 @@ func tcpInfo(c syscall.RawConn) (acked uint64, minRTT time.Duration, rate uint64
 	var b [168]byte
 	size := uint32(len(b))
 	c.Control(func(fd uintptr) {
-		_, _, e := syscall.Syscall6(sysGetsockopt, fd, syscall.IPPROTO_TCP, syscall.TCP_INFO, uintptr(unsafe.Pointer(&b)), uintptr(unsafe.Pointer(&size)), 0)
+		_, _, e := syscall.RawSyscall6(sysGetsockopt, fd, syscall.IPPROTO_TCP, syscall.TCP_INFO, uintptr(unsafe.Pointer(&b)), uintptr(unsafe.Pointer(&size)), 0)
 		ok = e == 0 && int(size) == len(b) // of Linux 4.9
 	})
 	acked = binary.NativeEndian.Uint64(b[120:])

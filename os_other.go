@@ -28,7 +28,7 @@ func tcpInfo(syscall.RawConn) (acked uint64, minRTT time.Duration, rate uint64, 
 
 const canSendNow = false
 
-func sendNow(int, []byte) int { return 0 }
+func sendNow(int, [][]byte) int { return 0 }
 
 // fileID is not known where there is no journal.
 func fileID(*os.File) string { return "" }

@@ -302,65 +302,60 @@ func (s *subscriber) holdsReplay(unacked int, now time.Time) bool {
 // to take.
 func (s *subscriber) wakeups() <-chan struct{} { return s.ready }
 
-// offer queues m, or drops it and counts why. It does not block (I2).
-func (s *subscriber) offer(m *message) {
+// offer queues messages, or drops them and counts why. It does not block (I2).
+func (s *subscriber) offer(messages ...*message) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.enqueue(m) {
+	if s.enqueue(messages) {
 		s.wake()
 	}
 }
 
-// offerNow is offer, and writes what comes alone at once. It reports whether it
-// wrote.
-func (s *subscriber) offerNow(m *message) (wrote bool) {
+// offerNow is offer, and writes at once, as far as the connection takes it, what
+// comes while nothing is queued: to wake the reader's goroutine for it would cost as
+// much as the write. It reports whether it tried.
+func (s *subscriber) offerNow(messages ...*message) (wrote bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.enqueue(m) {
+	free := s.writeNow != nil && len(s.items) == 0 && s.lagged == 0
+	if !s.enqueue(messages) {
 		return false
 	}
-	wrote = s.writeAlone(m.at)
+	if free {
+		s.inFlight = len(s.items)
+		if n, done := s.writeNow(s.items, messages[0].at); done {
+			s.finishWrite(n)
+		}
+	}
 	if len(s.items) > 0 {
 		s.wake()
 	}
-	return wrote
+	return free
 }
 
-// enqueue queues m, or drops it and reports false; mu is held.
-func (s *subscriber) enqueue(m *message) bool {
+// enqueue queues messages, or drops them, and reports whether it has queued one; mu
+// is held.
+func (s *subscriber) enqueue(messages []*message) (queued bool) {
 	if s.draining {
 		return false
 	}
-	s.counters.published++
-	passed := s.pass(m)
-	if passed == nil {
-		s.counters.dropped[dropGate]++
-		return false
+	for _, m := range messages {
+		s.counters.published++
+		if passed := s.pass(m); passed != nil {
+			s.push(passed)
+			s.trim(m.at)
+			queued = true
+		} else {
+			s.counters.dropped[dropGate]++
+		}
 	}
-	s.push(passed)
-	s.trim(m.at)
-	return true
+	return queued
 }
 
-// writeAlone writes the one message that is queued, as far as the connection
-// takes it at once, and reports whether it tried. To wake the reader's goroutine for
-// it would cost as much as the write.
-func (s *subscriber) writeAlone(now time.Time) bool {
-	if s.writeNow == nil || len(s.items) != 1 || s.begun > 0 || s.lagged > 0 {
-		return false
-	}
-	s.inFlight = 1
-	n, done := s.writeNow(s.items[0].wire(s.form), now)
-	if done {
-		s.finishWrite(n)
-	}
-	return true
-}
-
-// directWrite writes what a connection takes of b at once, and returns how many
+// directWrite writes what a connection takes of items at once, and returns how many
 // bytes that is. If it is not done, the reader's goroutine goes on with it, and calls
 // wrote.
-type directWrite func(b []byte, now time.Time) (n int, done bool)
+type directWrite func(items []item, now time.Time) (n int, done bool)
 
 // letWrite lets publishers write with f what comes while nothing is queued, until
 // it is called with nil; once that returns, none does.

@@ -363,8 +363,12 @@ func TestWriteAlone(t *testing.T) {
 				<-s.wakeups()
 			}
 			if tt.takes >= 0 {
-				s.letWrite(func(b []byte, _ time.Time) (int, bool) {
-					n := min(tt.takes, len(b))
+				s.letWrite(func(items []item, _ time.Time) (int, bool) {
+					size := 0
+					for _, it := range items {
+						size += it.size
+					}
+					n := min(tt.takes, size)
 					written += n
 					return n, true
 				})

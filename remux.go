@@ -213,6 +213,12 @@ func (x *remuxer) appendPSI(b []byte, now ticks) []byte {
 	return appendPCR(b, x.pcr)
 }
 
+// newPSI returns what appendPSI appends, as a message.
+func (x *remuxer) newPSI(at time.Time, now ticks) *message {
+	info := chunkInfo{start: true, hasPAT: true, marks: x.psiMarks()} // as they stand before it
+	return newMessage(x.appendPSI(nil, now), at, info)
+}
+
 // kinds returns what k says of the PIDs of s, of those that they have here.
 func (s *source) kinds(k *kindReader, to *kindReader) {
 	for _, t := range s.tracks {

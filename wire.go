@@ -76,10 +76,10 @@ func (w wire) unacked() int {
 // directWriter writes to a connection without waiting. One goroutine at a time
 // uses it.
 type directWriter struct {
-	conn syscall.RawConn
-	b    []byte
-	n    int
-	send func(fd uintptr) // sets n; made once, since a call must allocate nothing
+	conn  syscall.RawConn
+	parts [][]byte
+	n     int
+	send  func(fd uintptr) // sets n; made once, since a call must allocate nothing
 }
 
 // newDirectWriter returns nil where the system cannot do that.
@@ -88,16 +88,16 @@ func newDirectWriter(w wire) *directWriter {
 		return nil
 	}
 	d := &directWriter{conn: w.conn}
-	d.send = func(fd uintptr) { d.n = sendNow(int(fd), d.b) }
+	d.send = func(fd uintptr) { d.n = sendNow(int(fd), d.parts) }
 	return d
 }
 
-// write returns how many bytes of b the kernel took at once. It tells of no error:
-// the next write that waits meets it.
-func (d *directWriter) write(b []byte) int {
-	d.b, d.n = b, 0
+// write returns how many bytes of parts the kernel took at once, perhaps not of all
+// of them. It tells of no error: the next write that waits meets it.
+func (d *directWriter) write(parts [][]byte) int {
+	d.parts, d.n = parts, 0
 	d.conn.Control(d.send)
-	d.b = nil
+	d.parts = nil
 	return d.n
 }
 
@@ -111,6 +111,7 @@ type transport struct {
 	mu     sync.Mutex
 	keeps  bool
 	direct *directWriter // nil: all is kept
+	parts  [1][]byte     // for direct
 	kept   []byte
 	wake   func() // called when something is kept
 }
@@ -132,7 +133,8 @@ func (t *transport) Write(b []byte) (int, error) {
 	}
 	n := 0
 	if len(t.kept) == 0 && t.direct != nil {
-		n = t.direct.write(b)
+		t.parts[0] = b
+		n = t.direct.write(t.parts[:])
 	}
 	if n < len(b) {
 		if len(t.kept) > maxKept {
