@@ -422,3 +422,28 @@ func TestSlowReader(t *testing.T) {
 	}
 	t.Logf("%v", got)
 }
+
+// TestRecord: what publishers write goes into TLS records that are full, but for the
+// last, in its order.
+func TestRecord(t *testing.T) {
+	for _, sizes := range [][]int{{1}, {maxRecord}, {maxRecord + 1}, {600, 5000}, {600, 40_000}, {20_000, 20_000, 7}, {1, maxRecord - 1, 1}} {
+		var l link
+		var want []byte
+		for i, n := range sizes {
+			b := bytes.Repeat([]byte{byte(i)}, n)
+			l.iov = append(l.iov, b)
+			want = append(want, b...)
+		}
+		var got []byte
+		for len(got) < len(want) {
+			b := l.record(len(got))
+			if len(b) != min(maxRecord, len(want)-len(got)) {
+				t.Fatalf("%v: got a record of %d bytes at %d of %d", sizes, len(b), len(got), len(want))
+			}
+			got = append(got, b...)
+		}
+		if !bytes.Equal(got, want) {
+			t.Errorf("%v: got other bytes", sizes)
+		}
+	}
+}

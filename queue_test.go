@@ -344,16 +344,19 @@ func TestWriteAlone(t *testing.T) {
 	at := time.Now()
 	for _, tt := range []struct {
 		name    string
+		offered int // messages, together
 		takes   int // bytes that the connection takes at once; -1: publishers may not write
 		queued  bool
 		written int // bytes that a publisher wrote
 		left    int // bytes that are left to the reader's goroutine
 	}{
-		{"all of it", 200, false, 188, 0},
-		{"a part", 100, false, 100, 88},
-		{"nothing", 0, false, 0, 188},
-		{"it may not", -1, false, 0, 188},
-		{"something is queued", 200, true, 0, 376},
+		{"all of it", 1, 200, false, 188, 0},
+		{"a part", 1, 100, false, 100, 88},
+		{"nothing", 1, 0, false, 0, 188},
+		{"it may not", 1, -1, false, 0, 188},
+		{"something is queued", 1, 200, true, 0, 376},
+		{"all of two", 2, 400, false, 376, 0},
+		{"one and a part", 2, 200, false, 200, 176},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := newSubscriber(raw, time.Second, nil)
@@ -373,7 +376,11 @@ func TestWriteAlone(t *testing.T) {
 					return n, true
 				})
 			}
-			if wrote := s.offerNow(testMessage("video0", at, true, 188)); wrote != (tt.takes >= 0 && !tt.queued) {
+			var messages []*message
+			for range tt.offered {
+				messages = append(messages, testMessage("video0", at, true, 188))
+			}
+			if wrote := s.offerNow(messages...); wrote != (tt.takes >= 0 && !tt.queued) {
 				t.Errorf("it was written: %v", wrote)
 			}
 			s.letWrite(nil)
