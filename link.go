@@ -2,8 +2,8 @@
 //
 // One goroutine owns a connection's writes, the send loop, and one its reads;
 // what the reader answers is queued for the send loop. While that has nothing to
-// write and the link is fast, it lets publishers write a message that comes
-// alone: still one writer at a time (I4).
+// write and the link is fast, it lets publishers write what comes while nothing is
+// queued: still one writer at a time (I4).
 
 package main
 
@@ -566,7 +566,7 @@ func (l *link) writeNow(items []item, now time.Time) (n int, done bool) {
 			break
 		}
 	}
-	if l.below.holds() {
+	if n > 0 && l.below.holds() {
 		l.sealed = n
 		return 0, false
 	}

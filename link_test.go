@@ -447,3 +447,22 @@ func TestRecord(t *testing.T) {
 		}
 	}
 }
+
+// TestWriteNowKept: while TLS has something of its own that the kernel does not take, as
+// the answer to a KeyUpdate, a publisher leaves its message to the send loop, whole.
+func TestWriteNowKept(t *testing.T) {
+	client, _ := newSecured(t)
+	l := newLink(client, newInbox(client, nil, bare, 512), discardLog)
+	s := l.subscribe(time.Minute)
+	for !l.below.holds() {
+		if _, err := client.Write(make([]byte, maxRecord)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.letWrite(l.writeNow)
+	s.offerNow(testMessage("video0", time.Now(), true, 188))
+	if s.inFlight != 0 || s.begun != 0 || len(s.items) != 1 || l.sealed != 0 || len(s.wakeups()) != 1 {
+		t.Errorf("got %d messages in flight, %d bytes begun, %d queued, %d bytes sealed, %d wake-ups; want one message queued, and a wake-up",
+			s.inFlight, s.begun, len(s.items), l.sealed, len(s.wakeups()))
+	}
+}

@@ -135,6 +135,7 @@ func (t *transport) Write(b []byte) (int, error) {
 	if len(t.kept) == 0 && t.direct != nil {
 		t.parts[0] = b
 		n = t.direct.write(t.parts[:])
+		t.parts[0] = nil
 	}
 	if n < len(b) {
 		if len(t.kept) > maxKept {

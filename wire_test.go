@@ -12,38 +12,41 @@ import (
 	"time"
 )
 
+// newSecured returns both ends of a connection on TLS, of which vw's is the first.
+func newSecured(t *testing.T) (client, server *tls.Conn) {
+	t.Helper()
+	certs := newCerts(t)
+	l := listenLoopback(t)
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	accepted, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	server = tls.Server(accepted, certs.server)
+	t.Cleanup(func() { server.Close() })
+	handshake := make(chan error, 1)
+	go func() { handshake <- server.Handshake() }()
+	client, err = secure(t.Context(), conn, "127.0.0.1", certs.roots)
+	if err = errors.Join(err, <-handshake); err != nil {
+		t.Fatal(err)
+	}
+	return client, server
+}
+
 // TestTransport: below TLS no write waits; what the other side does not take is
 // kept, in its order, and sent by flush, also after a deadline that ended one.
 func TestTransport(t *testing.T) {
 	t.Parallel()
-	certs := newCerts(t)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
 	for _, direct := range []bool{true, false} {
-		conn, err := net.Dial("tcp", l.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		accepted, err := l.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		server := tls.Server(accepted, certs.server)
-		defer server.Close()
-		handshake := make(chan error, 1)
-		go func() { handshake <- server.Handshake() }()
-		client, err := secure(t.Context(), conn, "127.0.0.1", certs.roots)
-		if err = errors.Join(err, <-handshake); err != nil {
-			t.Fatal(err)
-		}
+		client, server := newSecured(t)
 		below := client.NetConn().(*transport)
 		var writer *directWriter
 		if direct {
-			writer = newDirectWriter(newWire(conn.(*net.TCPConn)))
+			writer = newDirectWriter(newWire(tcpBelow(client)))
 		}
 		woken := 0
 		below.keep(writer, func() { woken++ })
