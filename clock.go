@@ -446,12 +446,13 @@ func (t *trackClock) mediaTime(dts, at ticks) (m ticks, fits bool) {
 	n := ticks(t.misses + 1)
 	da := at - t.ref.at
 	lag := at - t.tail() - t.on(t.ref.dts+d+t.shift) - t.behind // if it fits
-	isPause := da > t.scaled(n*t.period)+pause && -fit <= lag && lag <= fit
-	if t.even >= regular && da <= t.gap*3/2 && !isPause {
-		da = 0
+	// In a pause stamps and arrival agree; who wakes from one slowly is a little late.
+	isPause := da > t.scaled(n*t.period)+pause && -fit <= lag && lag <= max(fit, da/8)
+	if t.even >= regular && da <= t.gap*3/2 {
+		da = 0 // as usual here
 	}
 	tooShort := d <= -fit || t.even >= regular && n <= 3 && d < n*t.period-fit && lag > fit
-	tooLong := t.scaled(d) > max(t.scaled(n*t.period), da)+fit
+	tooLong := t.scaled(d) > max(t.scaled(n*t.period), da)+fit && !isPause
 	place := t.media + t.placeAfter(at-t.seen)
 	if d := place - t.media - t.placeAfter(0); d > 0 {
 		t.paused += d

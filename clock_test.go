@@ -234,16 +234,16 @@ func TestClockPauses(t *testing.T) {
 		v.step = []ticks{1800, 3600, 9000}[seed%3]
 		every := v.step.duration()
 		jitter := int64(seed/3%2) * int64(20*time.Millisecond)
-		start, taken := b.at, 0 // frames of the time that is over
-		for n := range 6 {
-			frames := 1 + random.IntN(int(20*time.Second/every))
+		start, taken, pause := b.at, 0, 0 // in frames
+		for n := range 12 {
+			frames := int(time.Second/2/every) + random.IntN(int(20*time.Second/every)>>random.IntN(5))
 			if n == 0 {
 				frames += int(5 * time.Second / every)
 			}
 			for i := range frames {
 				at := start.Add(time.Duration(taken)*every + time.Duration(random.Int64N(jitter+1)))
-				if i == 0 {
-					at = at.Add(time.Duration(random.IntN(90)) * time.Millisecond)
+				if i == 0 { // the longer it sleeps, the slower it wakes
+					at = at.Add(time.Duration(random.Int64N(int64(time.Duration(pause)*every/10) + 1)))
 				}
 				if at.After(b.at) {
 					b.at = at
@@ -258,11 +258,12 @@ func TestClockPauses(t *testing.T) {
 				if len(got) != 1 {
 					t.Fatalf("seed %d: frame %d after pause %d: %d pictures go out, want 1", seed, i, n, len(got))
 				}
-				if late := (b.now(b.at) - b.feeds["video0"].clock.tracks[0].out).duration(); late > 300*time.Millisecond {
+				if late := (b.now(b.at) - b.feeds["video0"].clock.tracks[0].out).duration(); late > 600*time.Millisecond {
 					t.Fatalf("seed %d: frame %d after pause %d goes out with a DTS %v ago", seed, i, n, late)
 				}
 			}
-			taken += random.IntN(int(10 * time.Second / every))
+			pause = random.IntN(int(5 * time.Second / every))
+			taken += pause
 		}
 	}
 }
