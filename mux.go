@@ -448,9 +448,9 @@ func (f *feed) offer(m *message) {
 	m.writes = offer(f.subs, m.writes, m)
 }
 
-// offer hands messages to readers, and writes them to some, of whom there may be so
-// many: last, so that other processors write to the others meanwhile. It returns to how
-// many more its caller may write.
+// offer hands messages to readers. To at most writes of them it writes itself: last, so
+// that other processors write to the others meanwhile. It returns how many such writes
+// are left.
 func offer(subs []*subscriber, writes int, messages ...*message) int {
 	own := min(writes, len(subs))
 	for _, s := range subs[own:] {
@@ -681,7 +681,9 @@ func (st *stream) publish(m *message, at time.Time, now ticks, anew bool) {
 		src.keep(out, m)
 		messages = append(messages, out)
 	}
-	m.writes = st.offer(m.writes, messages...)
+	if len(messages) > 0 {
+		m.writes = st.offer(m.writes, messages...)
+	}
 }
 
 // publishMuted is publish for a message with nothing for the program; mu is held.
@@ -715,8 +717,8 @@ func (st *stream) refresh(at time.Time, now ticks) bool {
 	return true
 }
 
-// offer hands messages, which it releases, to the readers, and writes them to so many
-// of them. It returns to how many more its caller may write; mu is held.
+// offer hands messages to the readers, and releases them. To at most writes of the
+// readers it writes itself, and returns how many such writes are left; mu is held.
 func (st *stream) offer(writes int, messages ...*message) int {
 	for _, m := range messages {
 		st.meter.add(sample{at: m.at, bytes: st.bytes})

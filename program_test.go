@@ -776,8 +776,8 @@ func checkProgram(t *testing.T, args ...string) (c programCheck) {
 	return c
 }
 
-// findings is what is wrong with a stream: ISO 13818-1 2.7.2, ETSI TR 101 290
-// 5.2.1 and DESIGN.md 7.
+// findings is what is wrong with a stream: ISO 13818-1 2.7.2, ETSI TR 101 290 5.2.1,
+// and the PCR that docs/design.md promises.
 func (c programCheck) findings() []string {
 	all := slices.Clone(c.Errors)
 	for name, g := range map[string]programGaps{"PAT": c.PAT, "PMT": c.PMT} {

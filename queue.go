@@ -314,7 +314,7 @@ func (s *subscriber) offer(messages ...*message) {
 // offerNow is offer, and writes at once, as far as the connection takes it, what
 // comes while nothing is queued: to wake the reader's goroutine for it would cost as
 // much as the write. It reports whether it tried.
-func (s *subscriber) offerNow(messages ...*message) (wrote bool) {
+func (s *subscriber) offerNow(messages ...*message) (tried bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	free := s.writeNow != nil && len(s.items) == 0 && s.lagged == 0

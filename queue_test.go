@@ -338,9 +338,9 @@ func TestOpeningMessage(t *testing.T) {
 	}
 }
 
-// TestWriteAlone holds I4 where publishers write: only what comes alone, only while
+// TestOfferNow holds I4 where publishers write: only while nothing is queued, only while
 // they may, and what the connection did not take is left to the reader's goroutine.
-func TestWriteAlone(t *testing.T) {
+func TestOfferNow(t *testing.T) {
 	at := time.Now()
 	for _, tt := range []struct {
 		name    string
