@@ -427,7 +427,7 @@ var variables = []variable{
 func settingsHelp() string {
 	var b strings.Builder
 	for _, v := range variables {
-		fmt.Fprintf(&b, "\t%-14s %s (default: %s)\n", v.name, v.help, v.unset)
+		fmt.Fprintf(&b, "\t%-16s %s (default: %s)\n", v.name, v.help, v.unset)
 	}
 	return b.String()
 }
