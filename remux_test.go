@@ -109,6 +109,7 @@ func TestStreamIsAProgram(t *testing.T) {
 // TestStreamTables: PAT, PMT and a PCR come ahead of each keyframe, and at most
 // 100 ms after the last ones while frames do, whether they go out or are muted.
 func TestStreamTables(t *testing.T) {
+	t.Parallel()
 	for _, muted := range []kindSet{0, muteSound} {
 		b := newBench(t, "stream/x", "video0", "audio0")
 		b.setMute(muted)
