@@ -8,12 +8,14 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -924,6 +926,62 @@ func TestMuteCodecs(t *testing.T) {
 	}
 	for picture := range pictures {
 		check(picture, "mp2")
+	}
+}
+
+// TestMuteDirect holds I6 where publishers write themselves: of a frame that comes
+// after the call, nothing does to the relay.
+func TestMuteDirect(t *testing.T) {
+	const step = 180 // ticks from frame to frame, 2 ms
+	for _, scheme := range []string{"ws", "wss"} {
+		t.Run(scheme, func(t *testing.T) {
+			t.Parallel()
+			r, _, tasks := realRules(t, io.Discard)
+			var newest atomic.Int64 // of the frames that arrived
+			relay := &chaosRelay{t: t, see: func(b []byte) {
+				for _, pts := range pesTimes(b, 0x100) {
+					newest.Store(int64(pts-126000) / step)
+				}
+			}}
+			if scheme == "wss" {
+				certs := newCerts(t)
+				relay.tls, r.dialer.roots = certs.server, certs.roots
+			}
+			relay.start()
+			mute := bySwitch(t, r)
+			r.to(t, "0", "audio0", scheme+"://"+relay.addr)
+			body, in := net.Pipe()
+			t.Cleanup(func() { in.Close() })
+			tasks.Go(func() { r.mux.publish("audio0", &publisher{interrupt: func() {}}, body) })
+			var posted atomic.Int64
+			ended := t.Context()
+			tasks.Go(func() {
+				c := newMicrophone()
+				c.step = step
+				for start := time.Now(); ended.Err() == nil; time.Sleep(time.Until(start.Add(ticks(c.n * step).duration()))) {
+					posted.Store(int64(c.n))
+					if _, err := in.Write(c.next()); err != nil {
+						return
+					}
+				}
+			})
+			for i := range scaled(20, 100, 2000) {
+				was := posted.Load()
+				waitFor(t, "sound", func() bool { return newest.Load() > was })
+				if err := mute(true); err != nil {
+					t.Fatal(err)
+				}
+				last := posted.Load()
+				waitFor(t, "frames", func() bool { return posted.Load() > last+2 })
+				time.Sleep(2 * time.Millisecond)
+				if n := newest.Load(); n > last {
+					t.Fatalf("mute %d: frame %d arrived, want none after %d, of %d", i, n, last, posted.Load())
+				}
+				if err := mute(false); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
 	}
 }
 
