@@ -954,11 +954,10 @@ func TestMuteDirect(t *testing.T) {
 			t.Cleanup(func() { in.Close() })
 			tasks.Go(func() { r.mux.publish("audio0", &publisher{interrupt: func() {}}, body) })
 			var posted atomic.Int64
-			ended := t.Context()
 			tasks.Go(func() {
 				c := newMicrophone()
 				c.step = step
-				for start := time.Now(); ended.Err() == nil; time.Sleep(time.Until(start.Add(ticks(c.n * step).duration()))) {
+				for start := time.Now(); ; time.Sleep(time.Until(start.Add(ticks(c.n * step).duration()))) {
 					posted.Store(int64(c.n))
 					if _, err := in.Write(c.next()); err != nil {
 						return

@@ -729,10 +729,9 @@ type programCheck struct {
 
 // programGaps is how far packets of one kind are apart, in ms.
 type programGaps struct {
-	Count int
-	Max   float64 `json:"max_ms"`
-	Flow  float64 `json:"flow_max_ms"` // while packets came
-	At    int
+	Max  float64 `json:"max_ms"`
+	Flow float64 `json:"flow_max_ms"` // while packets came
+	At   int
 }
 
 type programMap struct {
