@@ -85,7 +85,7 @@ type door struct {
 // newDoor returns a door that asks nobody for a token on the public paths. relays
 // returns the number of relays to send to.
 func newDoor(token string, relays func() int, log *slog.Logger, public ...string) *door {
-	descriptors := descriptorLimit()
+	descriptors := min(descriptorLimit(), enoughDescriptors)
 	d := &door{
 		descriptors: descriptors, maxCallers: min(maxCallers, descriptors/4), relays: relays,
 		token: token, public: public, cross: http.NewCrossOriginProtection(), log: log,

@@ -395,15 +395,3 @@ func hostWithoutZone(u *url.URL) string {
 
 // quoted returns the first n bytes of s, quoted and in ASCII.
 func quoted(s string, n int) string { return strconv.QuoteToASCII(s[:min(len(s), n)]) }
-
-// printableASCII returns at most n bytes of s, with a question mark for each that
-// a terminal might obey.
-func printableASCII(s string, n int) string {
-	b := []byte(s[:min(len(s), n)])
-	for i, c := range b {
-		if c < ' ' || c > '~' {
-			b[i] = '?'
-		}
-	}
-	return string(b)
-}

@@ -5,6 +5,7 @@ package main
 import (
 	"encoding/binary"
 	"fmt"
+	"math"
 	"os"
 	"runtime"
 	"syscall"
@@ -101,9 +102,9 @@ func fileID(f *os.File) string {
 func descriptorLimit() int {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
-		return enoughDescriptors
+		return math.MaxInt
 	}
-	return int(min(limit.Cur, enoughDescriptors))
+	return int(min(limit.Cur, math.MaxInt))
 }
 
 func ioctl(fd int, request uintptr, arg unsafe.Pointer) error {

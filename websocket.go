@@ -308,3 +308,15 @@ func (in *inbox) message(limit int) (opcode byte, b []byte, err error) {
 		}
 	}
 }
+
+// printableASCII returns at most n bytes of s, with a question mark for each that
+// a terminal might obey.
+func printableASCII(s string, n int) string {
+	b := []byte(s[:min(len(s), n)])
+	for i, c := range b {
+		if c < ' ' || c > '~' {
+			b[i] = '?'
+		}
+	}
+	return string(b)
+}
