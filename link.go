@@ -480,7 +480,7 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber, start time.Time) er
 		}
 		switch {
 		case err == nil || n > 0:
-			l.stalled, l.sent = time.Time{}, start
+			l.stalled, l.sent, l.pace.last = time.Time{}, start, n
 			if p.partial {
 				l.written.Add(uint64(n))
 			}
@@ -554,10 +554,11 @@ func (l *link) writeNow(items []item, now time.Time) (n int, done bool) {
 		l.iov = append(l.iov, b)
 		size += len(b)
 	}
-	switch {
-	case size > maxDirect || !l.isFast(now):
+	if size > maxDirect || !l.isFast(now) {
 		return 0, true
-	case l.plain:
+	}
+	l.pace.last = size
+	if l.plain {
 		return l.direct.write(l.iov), true
 	}
 	for n < size && !l.below.holds() {

@@ -8,6 +8,7 @@ import (
 	"math"
 	"os"
 	"runtime"
+	"sync"
 	"syscall"
 	"time"
 	"unsafe"
@@ -39,12 +40,36 @@ func unsent(c syscall.RawConn) int { return queued(c, sioOutqNsd) }
 func unacked(c syscall.RawConn) int { return queued(c, sioOutq) }
 
 func queued(c syscall.RawConn, what uintptr) int {
-	var n int32
-	c.Control(func(fd uintptr) {
-		syscall.RawSyscall(syscall.SYS_IOCTL, fd, what, uintptr(unsafe.Pointer(&n)))
-	})
-	return int(n)
+	q := questions.Get().(*question)
+	defer questions.Put(q)
+	q.what, q.queued = what, 0
+	c.Control(q.ask)
+	return int(q.queued)
 }
+
+// question is one to a socket. It is used again, answer and all, since to ask for
+// each message must allocate nothing.
+type question struct {
+	what   uintptr // an ioctl; 0: TCP_INFO
+	queued int32   // the answer to the ioctl
+	info   [168]byte
+	ok     bool // info is the answer
+	ask    func(fd uintptr)
+}
+
+var questions = sync.Pool{New: func() any {
+	q := new(question)
+	q.ask = func(fd uintptr) {
+		if q.what != 0 {
+			syscall.RawSyscall(syscall.SYS_IOCTL, fd, q.what, uintptr(unsafe.Pointer(&q.queued)))
+			return
+		}
+		size := uint32(len(q.info))
+		_, _, e := syscall.RawSyscall6(sysGetsockopt, fd, syscall.IPPROTO_TCP, syscall.TCP_INFO, uintptr(unsafe.Pointer(&q.info)), uintptr(unsafe.Pointer(&size)), 0)
+		q.ok = e == 0 && int(size) == len(q.info) // of Linux 4.9
+	}
+	return q
+}}
 
 const canSendNow = true
 
@@ -69,15 +94,13 @@ func sendNow(fd int, parts [][]byte) int {
 // acknowledged, its least round trip lately, and how many bytes a second went while
 // there were enough of them. ok is false if it does not tell. linux/tcp.h
 func tcpInfo(c syscall.RawConn) (acked uint64, minRTT time.Duration, rate uint64, ok bool) {
-	var b [168]byte
-	size := uint32(len(b))
-	c.Control(func(fd uintptr) {
-		_, _, e := syscall.RawSyscall6(sysGetsockopt, fd, syscall.IPPROTO_TCP, syscall.TCP_INFO, uintptr(unsafe.Pointer(&b)), uintptr(unsafe.Pointer(&size)), 0)
-		ok = e == 0 && int(size) == len(b) // of Linux 4.9
-	})
-	acked = binary.NativeEndian.Uint64(b[120:])
-	minRTT = time.Duration(binary.NativeEndian.Uint32(b[148:])) * time.Microsecond
-	return acked, minRTT, binary.NativeEndian.Uint64(b[160:]), ok
+	q := questions.Get().(*question)
+	defer questions.Put(q)
+	q.what, q.ok = 0, false
+	c.Control(q.ask)
+	acked = binary.NativeEndian.Uint64(q.info[120:])
+	minRTT = time.Duration(binary.NativeEndian.Uint32(q.info[148:])) * time.Microsecond
+	return acked, minRTT, binary.NativeEndian.Uint64(q.info[160:]), q.ok
 }
 
 // sysGetsockopt is the number of the system call, which package syscall does not

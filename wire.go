@@ -24,7 +24,8 @@ const (
 	maxKept = 2 << 20 // bytes below TLS: a message, and what else it may owe
 
 	paceEvery = 20 * time.Millisecond  // for how fast bytes go
-	calmEvery = 100 * time.Millisecond // while nothing waits in the kernel
+	calmEvery = 100 * time.Millisecond // while none waited in the kernel, on a fast link
+	rateEvery = time.Second            // for the rate, meanwhile
 )
 
 // wire is a TCP connection as the kernel sees it; of the zero value nothing is
@@ -177,8 +178,10 @@ func (t *transport) flush() (n int, err error) {
 // pace estimates how late what is written now will arrive: after all that the
 // kernel holds already. The zero value is ready for use.
 type pace struct {
+	asked  time.Time     // whether bytes wait
 	looked time.Time     // at the rate
-	asked  time.Time     // whether that is due
+	calm   bool          // all but the last message was acknowledged then, and the link is fast
+	last   int           // bytes of it
 	rate   float64       // bytes a second; 0: not known
 	minRTT time.Duration // the shortest way there and back
 	delay  time.Duration // of a byte that is written now, beyond the shortest way
@@ -186,9 +189,14 @@ type pace struct {
 
 // look updates the estimate.
 func (c *pace) look(w wire, now time.Time) {
-	if now.Sub(c.asked) >= paceEvery {
+	every := paceEvery
+	if c.calm {
+		every = calmEvery
+	}
+	if now.Sub(c.asked) >= every {
 		c.asked = now
-		if since := now.Sub(c.looked); since >= calmEvery || c.matters() || w.unacked() > 0 {
+		c.calm = c.rate > 0 && !c.matters() && w.unacked() <= c.last
+		if since := now.Sub(c.looked); !c.calm || since >= rateEvery {
 			c.looked = now
 			c.lookAtRate(w, since)
 		}
