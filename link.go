@@ -82,8 +82,11 @@ type link struct {
 
 	// owned by the send loop, and, while they may write, by publishers
 	iov    [][]byte
-	buf    []byte // one TLS record
-	sealed int    // bytes of what was taken that TLS has, and the kernel not all of
+	buf    []byte      // one TLS record
+	sealed int         // bytes of what was taken that TLS has, and the kernel not all of
+	rest   []byte      // of a ping that is begun
+	pinged time.Time   // when the last ping was due
+	pinger *time.Timer // wakes the send loop when the next one is
 	pace   pace
 
 	// owned by the send loop
@@ -328,17 +331,23 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 		l.SetWriteDeadline(past)
 		s.wake()
 	})()
+	l.pinged = time.Now()
+	l.pinger = time.AfterFunc(l.pings, s.wake)
+	defer l.pinger.Stop()
 	defer s.letWrite(nil)
 	var write directWrite
 	if l.direct != nil {
 		write = l.writeNow
 	}
-	pinged := time.Now()
-	ping := time.AfterFunc(l.pings, s.wake)
-	defer ping.Stop()
 	for {
 		<-s.wakeups()
 		s.letWrite(nil)
+		if len(l.rest) > 0 {
+			if err := l.sendControl(ctx, l.rest); err != nil {
+				return err
+			}
+			l.rest = nil
+		}
 		now := time.Now()
 		if l.sealed > 0 || s.isBegun() { // by a publisher: nothing goes into the middle of a message
 			if err := l.sendBatch(ctx, s, now); err != nil {
@@ -347,10 +356,8 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 			now = time.Now()
 		}
 		var frame []byte // one a turn: who pings us by the thousand does not hold up the media
-		if l.pings > 0 && now.Sub(pinged) >= l.pings {
+		if l.pings > 0 && now.Sub(l.pinged) >= l.pings {
 			frame = l.signOfLife(now)
-			pinged = now
-			ping.Reset(l.pings)
 			s.wake() // there may be others
 		} else {
 			select {
@@ -375,6 +382,8 @@ func (l *link) send(ctx context.Context, s *subscriber) error {
 // signOfLife returns a ping, or what a reader of GET /ts gets while nothing flows,
 // lest a proxy cuts it off; nil if nothing is to be written.
 func (l *link) signOfLife(now time.Time) []byte {
+	l.pinged = now
+	l.pinger.Reset(l.pings)
 	switch {
 	case l.in != nil:
 		return appendFrame(nil, opPing, l.newPing(now), l.out)
@@ -547,31 +556,45 @@ func (l *link) isFast(now time.Time) bool {
 // writeNow writes for a publisher what the connection takes of items at once, and
 // returns how many bytes that is; not done if the send loop has to go on with it.
 func (l *link) writeNow(items []item, now time.Time) (n int, done bool) {
-	l.iov = l.iov[:0]
 	size := 0
 	for _, it := range items {
-		b := it.wire(l.out)
-		l.iov = append(l.iov, b)
-		size += len(b)
+		size += it.wireSize(l.out)
 	}
-	if size > maxDirect || !l.isFast(now) {
+	if size > maxDirect || len(l.rest) > 0 || !l.isFast(now) {
 		return 0, true
+	}
+	l.iov = l.iov[:0]
+	if l.pings > 0 && now.Sub(l.pinged) >= l.pings*19/20 { // alone it would wake the send loop
+		l.rest = l.signOfLife(time.Now())
+		l.iov = append(l.iov, l.rest)
+	}
+	for _, it := range items {
+		l.iov = append(l.iov, it.wire(l.out))
 	}
 	l.pace.last = size
 	if l.plain {
-		return l.direct.write(l.iov), true
+		n = l.direct.write(l.iov)
+	} else {
+		n = l.writeRecords(len(l.rest) + size)
 	}
+	ping := min(n, len(l.rest))
+	n, l.rest = n-ping, l.rest[ping:]
+	if n > 0 && l.below.holds() {
+		l.sealed = n
+		return 0, false
+	}
+	return n, true
+}
+
+// writeRecords hands size bytes of l.iov to TLS, as long as it keeps none.
+func (l *link) writeRecords(size int) (n int) {
 	for n < size && !l.below.holds() {
 		took, err := l.Conn.Write(l.record(n))
 		if n += took; err != nil {
 			break
 		}
 	}
-	if n > 0 && l.below.holds() {
-		l.sealed = n
-		return 0, false
-	}
-	return n, true
+	return n
 }
 
 // record returns what goes into one TLS record: of l.iov, from byte from on.
@@ -659,7 +682,7 @@ func (l *link) close(why error, s *subscriber, gone, removed <-chan struct{}, qu
 func (l *link) finish(why error, s *subscriber) bool {
 	status := closeStatus(why)
 	l.SetWriteDeadline(time.Now().Add(closeTimeout))
-	torn := l.torn || l.below.holds() && status != 1001
+	torn := l.torn || len(l.rest) > 0 || l.below.holds() && status != 1001
 	if l.sealed > 0 {
 		s.wrote(l.sealed)
 	}

@@ -8,11 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -464,10 +466,81 @@ func TestWriteNowKept(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	l.pingOnRequest()
 	s.letWrite(l.writeNow)
 	s.offerNow(testMessage("video0", time.Now(), true, 188))
 	if s.inFlight != 0 || s.begun != 0 || len(s.items) != 1 || l.sealed != 0 || len(s.wakeups()) != 1 {
 		t.Errorf("got %d messages in flight, %d bytes begun, %d queued, %d bytes sealed, %d wake-ups; want one message queued, and a wake-up",
 			s.inFlight, s.begun, len(s.items), l.sealed, len(s.wakeups()))
+	}
+}
+
+// TestPingAhead: a publisher writes the ping that is due before its message, and the
+// send loop goes on where the kernel took a part: neither begins in the other.
+func TestPingAhead(t *testing.T) {
+	t.Parallel()
+	const ping, whole = 2 + 4 + 8, math.MaxInt // header, key and payload
+	for _, tt := range []struct {
+		since  time.Duration // the last ping
+		taken  int           // bytes, at the first write
+		remove bool          // what is queued then
+		want   string        // what the relay gets
+	}{
+		{pingEvery * 9 / 10, whole, false, "1 2"},
+		{pingEvery, whole, false, "ping 1 2"},
+		{pingEvery, 0, false, "ping 1 2"},
+		{pingEvery, 1, false, "ping 1 2"},
+		{pingEvery, ping - 1, false, "ping 1 2"},
+		{pingEvery, ping, false, "ping 1 2"},
+		{pingEvery, ping + 1, false, "ping 1 2"},
+		{pingEvery, ping + 100, false, "ping 1 2"},
+		{pingEvery, 0, true, "ping 2"},
+		{pingEvery, ping - 1, true, "ping 2"},
+		{pingEvery, ping + 1, true, "ping 1 2"}, // what is begun is not torn
+	} {
+		client, server := newConnected(t)
+		l := newLink(client, newInbox(client, nil, bare, 512), discardLog)
+		s := l.subscribe(time.Minute)
+		write := l.direct.send
+		l.direct.send = func(fd uintptr) {
+			if tt.taken < whole {
+				first := l.direct.parts
+				l.direct.parts = [][]byte{slices.Concat(first...)[:tt.taken]}
+				tt.taken = whole
+			}
+			write(fd)
+		}
+		l.pinged = time.Now().Add(-tt.since)
+		l.pinger = time.AfterFunc(time.Hour, s.wake)
+		s.letWrite(l.writeNow)
+		for i := range byte(2) {
+			m := newMessage(bytes.Repeat([]byte{i + 1}, 188), time.Now(), chunkInfo{start: true, key: true, hasVideo: true, hasPAT: true})
+			m.feed = "video0"
+			s.offerNow(m)
+			if i == 0 && tt.remove {
+				s.removeFeed("video0")
+			}
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		var sending sync.WaitGroup
+		sending.Go(func() { l.send(ctx, s) })
+		server.SetReadDeadline(time.Now().Add(settleTime))
+		var got []string
+		for len(got) < strings.Count(tt.want, " ")+1 {
+			opcode, b, err := readFrameInto(nil, server)
+			switch {
+			case err != nil:
+				t.Fatal(err)
+			case opcode == opPing:
+				got = append(got, "ping")
+			default:
+				got = append(got, strconv.Itoa(int(b[0])))
+			}
+		}
+		if got := strings.Join(got, " "); got != tt.want {
+			t.Errorf("%+v: the relay got %q", tt, got)
+		}
+		cancel()
+		sending.Wait()
 	}
 }

@@ -12,25 +12,31 @@ import (
 	"time"
 )
 
-// newSecured returns both ends of a connection on TLS, of which vw's is the first.
+// newConnected returns both ends of a connection, of which vw's is the first.
+func newConnected(t *testing.T) (client, server net.Conn) {
+	t.Helper()
+	l := listenLoopback(t)
+	client, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	if server, err = l.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { server.Close() })
+	return client, server
+}
+
+// newSecured is newConnected on TLS.
 func newSecured(t *testing.T) (client, server *tls.Conn) {
 	t.Helper()
 	certs := newCerts(t)
-	l := listenLoopback(t)
-	conn, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	accepted, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn, accepted := newConnected(t)
 	server = tls.Server(accepted, certs.server)
-	t.Cleanup(func() { server.Close() })
 	handshake := make(chan error, 1)
 	go func() { handshake <- server.Handshake() }()
-	client, err = secure(t.Context(), conn, "127.0.0.1", certs.roots)
+	client, err := secure(t.Context(), conn, "127.0.0.1", certs.roots)
 	if err = errors.Join(err, <-handshake); err != nil {
 		t.Fatal(err)
 	}
