@@ -489,7 +489,7 @@ func (l *link) sendBatch(ctx context.Context, s *subscriber, start time.Time) er
 		}
 		switch {
 		case err == nil || n > 0:
-			l.stalled, l.sent, l.pace.last = time.Time{}, start, n
+			l.stalled, l.sent = time.Time{}, start
 			if p.partial {
 				l.written.Add(uint64(n))
 			}
@@ -571,7 +571,6 @@ func (l *link) writeNow(items []item, now time.Time) (n int, done bool) {
 	for _, it := range items {
 		l.iov = append(l.iov, it.wire(l.out))
 	}
-	l.pace.last = size
 	if l.plain {
 		n = l.direct.write(l.iov)
 	} else {

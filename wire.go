@@ -24,7 +24,7 @@ const (
 	maxKept = 2 << 20 // bytes below TLS: a message, and what else it may owe
 
 	paceEvery = 20 * time.Millisecond  // for how fast bytes go
-	calmEvery = 100 * time.Millisecond // while none waited in the kernel, on a fast link
+	calmEvery = 100 * time.Millisecond // while hardly any waited in the kernel, on a fast link
 	rateEvery = time.Second            // for the rate, meanwhile
 )
 
@@ -43,13 +43,21 @@ func newWire(tcp *net.TCPConn) wire {
 	return wire{conn}
 }
 
+// tcpState is what the kernel knows of a connection.
+type tcpState struct {
+	acked  uint64        // bytes that are acknowledged
+	minRTT time.Duration // the shortest way there and back lately
+	rate   uint64        // bytes a second that went while there were enough of them
+	mss    int           // bytes in a segment
+}
+
 // acked returns how many bytes are acknowledged; ok is false if that is not known.
 func (w wire) acked() (n uint64, ok bool) {
 	if w.conn == nil {
 		return 0, false
 	}
-	n, _, _, ok = tcpInfo(w.conn)
-	return n, ok
+	i, ok := tcpInfo(w.conn)
+	return i.acked, ok
 }
 
 // known reports whether anything is known.
@@ -180,10 +188,10 @@ func (t *transport) flush() (n int, err error) {
 type pace struct {
 	asked  time.Time     // whether bytes wait
 	looked time.Time     // at the rate
-	calm   bool          // all but the last message was acknowledged then, and the link is fast
-	last   int           // bytes of it
+	calm   bool          // no more waited then than a receiver may leave unacknowledged, and the link is fast
 	rate   float64       // bytes a second; 0: not known
 	minRTT time.Duration // the shortest way there and back
+	mss    int           // bytes in a segment
 	delay  time.Duration // of a byte that is written now, beyond the shortest way
 }
 
@@ -195,7 +203,7 @@ func (c *pace) look(w wire, now time.Time) {
 	}
 	if now.Sub(c.asked) >= every {
 		c.asked = now
-		c.calm = c.rate > 0 && !c.matters() && w.unacked() <= c.last
+		c.calm = c.rate > 0 && !c.matters() && w.unacked() < 2*c.mss
 		if since := now.Sub(c.looked); !c.calm || since >= rateEvery {
 			c.looked = now
 			c.lookAtRate(w, since)
@@ -215,17 +223,17 @@ func (c *pace) lookAtRate(w wire, since time.Duration) {
 	if w.conn == nil {
 		return
 	}
-	_, minRTT, rate, ok := tcpInfo(w.conn)
-	if !ok || rate == 0 {
+	i, ok := tcpInfo(w.conn)
+	if !ok || i.rate == 0 {
 		return
 	}
-	c.minRTT = minRTT
+	c.minRTT, c.mss = i.minRTT, i.mss
 	// What a queue took in a burst is no rate: it may fall at once, and rises slowly.
 	share := min(float64(since)/float64(2*paceEvery), 1)
-	if float64(rate) > c.rate && c.rate > 0 {
+	if float64(i.rate) > c.rate && c.rate > 0 {
 		share /= 4
 	}
-	c.rate += (float64(rate) - c.rate) * share
+	c.rate += (float64(i.rate) - c.rate) * share
 }
 
 // time returns how long so many bytes take.

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -90,5 +91,67 @@ func TestTransport(t *testing.T) {
 		if err := <-flushed; err != nil || below.holds() {
 			t.Errorf("flush: got %v, and bytes kept: %v", err, below.holds())
 		}
+	}
+}
+
+// countedConn counts how often it is asked.
+type countedConn struct {
+	syscall.RawConn
+	asked int
+}
+
+func (c *countedConn) Control(f func(fd uintptr)) error {
+	c.asked++
+	return c.RawConn.Control(f)
+}
+
+// TestPaceCalm: a link that takes everything at once is rarely asked, and one that
+// does not for each message again.
+func TestPaceCalm(t *testing.T) {
+	client, server := newConnected(t)
+	count := &countedConn{RawConn: newWire(tcpBelow(client)).conn}
+	w := wire{count}
+	var p pace
+	now := time.Now()
+	const every = 40 * time.Millisecond
+	ask := func(d time.Duration) int {
+		before := count.asked
+		for end := now.Add(d); now.Before(end); now = now.Add(every) {
+			p.look(w, now)
+		}
+		return count.asked - before
+	}
+	for i := 0; p.rate == 0 || p.matters(); i++ {
+		if i == 1000 {
+			t.Fatalf("%.0f bytes a second on loopback", p.rate)
+		}
+		client.Write(make([]byte, 100_000))
+		if _, err := io.ReadFull(server, make([]byte, 100_000)); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "the acknowledgement", func() bool { return w.unacked() == 0 })
+		ask(every)
+	}
+	ask(calmEvery)
+	if n, most := ask(10*time.Second), int(10*time.Second/calmEvery+10*time.Second/rateEvery); n > most || n < 10 {
+		t.Errorf("asked %d times in 10 s, want 10 to %d", n, most)
+	}
+	client.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	for err := error(nil); err == nil; {
+		_, err = client.Write(make([]byte, 100_000))
+	}
+	ask(calmEvery)
+	if n, least := ask(10*time.Second), int(10*time.Second/every); n < least {
+		t.Errorf("asked %d times in 10 s while bytes wait, want at least %d", n, least)
+	}
+}
+
+// TestAskAllocates: to ask a socket allocates nothing, as it is done for each message.
+func TestAskAllocates(t *testing.T) {
+	notUnderRace(t)
+	client, _ := newConnected(t)
+	w := newWire(tcpBelow(client))
+	if n := testing.AllocsPerRun(1000, func() { w.unacked(); w.acked() }); n != 0 {
+		t.Errorf("got %v allocations", n)
 	}
 }
