@@ -11,20 +11,26 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
 // How often a publisher writes a chunk itself, at most: for so long it holds the locks
 // of its feed and stream, for which a mute waits. More readers have it from the
-// goroutines of their links. Those write at the same time, which is worth their
-// wake-ups only while processors are idle: not where chunks come soon after each other.
+// goroutines of their links. Another processor shares what takes more than a
+// millisecond, but not where chunks come so soon after each other that none is idle.
 const (
-	maxWrites     = 32
-	maxWritesSoon = 256
-	soon          = 10 * time.Millisecond
+	maxWrites  = 256
+	writeShare = 64 // for each processor
+	soon       = 10 * time.Millisecond
 )
+
+// ownWrites are those that a publisher may still do itself, and how many of them are one
+// processor's.
+type ownWrites struct{ left, share int }
 
 const maxPublishers = 256 // feeds that are published; each holds up to 2 MiB
 
@@ -385,9 +391,9 @@ func (f *feed) publish(pub *publisher, m *message, now ticks) (waits bool) {
 		return false
 	}
 	f.kinds.note(m)
-	m.writes = maxWrites
+	m.writes = ownWrites{maxWrites, writeShare}
 	if m.at.Sub(f.heard) < soon {
-		m.writes = maxWritesSoon
+		m.writes.share = maxWrites
 	}
 	f.heard = m.at
 	if !f.filter.used() {
@@ -448,20 +454,43 @@ func (f *feed) offer(m *message) {
 	m.writes = offer(f.subs, m.writes, m)
 }
 
-// offer hands messages to readers. To at most writes of them it writes itself: last, so
-// that other processors write to the others meanwhile. It returns how many such writes
-// are left.
-func offer(subs []*subscriber, writes int, messages ...*message) int {
-	own := min(writes, len(subs))
+// offer hands messages to readers. To as many of them as w allows it writes itself:
+// last, so that other processors write to the others meanwhile. It returns what is left
+// of w.
+func offer(subs []*subscriber, w ownWrites, messages ...*message) ownWrites {
+	own := min(w.left, len(subs))
 	for _, s := range subs[own:] {
 		s.offer(messages...)
 	}
-	for _, s := range subs[:own] {
+	if subs = subs[:own]; own > w.share {
+		w.left -= offerTogether(subs, own/w.share, slices.Clone(messages))
+		return w
+	}
+	for _, s := range subs {
 		if s.offerNow(messages...) {
-			writes--
+			w.left--
 		}
 	}
-	return writes
+	return w
+}
+
+// offerTogether writes to subs on up to so many processors, and returns how often.
+func offerTogether(subs []*subscriber, processors int, messages []*message) int {
+	var next, tried atomic.Int32
+	share := func() {
+		for i := next.Add(1); int(i) <= len(subs); i = next.Add(1) {
+			if subs[i-1].offerNow(messages...) {
+				tried.Add(1)
+			}
+		}
+	}
+	var others sync.WaitGroup
+	for range min(processors, runtime.GOMAXPROCS(0)) - 1 {
+		others.Go(share)
+	}
+	share()
+	others.Wait()
+	return int(tried.Load())
 }
 
 // countMuted counts a message of which all is muted.
@@ -701,7 +730,7 @@ func (st *stream) publishMuted(src *source, m *message, at time.Time, now ticks,
 }
 
 // sendPSI sends the program map and a PCR, as of now; mu is held.
-func (st *stream) sendPSI(at time.Time, now ticks) { st.offer(0, st.remux.newPSI(at, now)) }
+func (st *stream) sendPSI(at time.Time, now ticks) { st.offer(ownWrites{}, st.remux.newPSI(at, now)) }
 
 // refresh sends the program map and a PCR to readers who get nothing else. It
 // reports whether there is a program map.
@@ -717,18 +746,18 @@ func (st *stream) refresh(at time.Time, now ticks) bool {
 	return true
 }
 
-// offer hands messages to the readers, and releases them. To at most writes of the
-// readers it writes itself, and returns how many such writes are left; mu is held.
-func (st *stream) offer(writes int, messages ...*message) int {
+// offer hands messages to the readers as w allows, and releases them. It returns what
+// is left of w; mu is held.
+func (st *stream) offer(w ownWrites, messages ...*message) ownWrites {
 	for _, m := range messages {
 		st.meter.add(sample{at: m.at, bytes: st.bytes})
 		st.bytes += uint64(m.size)
 	}
-	writes = offer(st.subs, writes, messages...)
+	w = offer(st.subs, w, messages...)
 	for _, m := range messages {
 		m.release()
 	}
-	return writes
+	return w
 }
 
 // setFeeds makes feeds those of the stream, in their order. Every reader drops

@@ -25,7 +25,7 @@ type message struct {
 	first bool      // the first of its publisher
 	info  chunkInfo
 
-	writes  int        // that its publisher may still do itself; guarded by the feed
+	writes  ownWrites  // of its publisher; guarded by the feed
 	stamps  []stamp    // of a feed's message, guarded by the feed
 	offered bool       // the readers of the feed have it; guarded by the feed
 	kinds   kindReader // as it is before the first packet

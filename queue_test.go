@@ -338,6 +338,50 @@ func TestOpeningMessage(t *testing.T) {
 	}
 }
 
+// TestOfferTogether: however many readers there are, and processors that write to them,
+// each gets every message once and in order, and no more writes are tried than allowed.
+func TestOfferTogether(t *testing.T) {
+	at := time.Now()
+	for _, n := range []int{1, writeShare, writeShare + 1, 3 * writeShare, maxWrites + 10} {
+		var subs []*subscriber
+		got := make([][]int, n) // sizes
+		for i := range n {
+			s := newSubscriber(raw, time.Second, nil)
+			s.letWrite(func(items []item, _ time.Time) (size int, done bool) {
+				for _, it := range items {
+					got[i] = append(got[i], it.size)
+					size += it.size
+				}
+				return size, true
+			})
+			subs = append(subs, s)
+		}
+		var want []int
+		for i := range 50 {
+			size := 188 * (i + 1)
+			want = append(want, size)
+			m := testMessage("video0", at, true, size)
+			left := offer(subs, ownWrites{maxWrites, writeShare}, m).left
+			m.release()
+			if want := max(0, maxWrites-n); left != want {
+				t.Fatalf("%d readers: %d writes are left, want %d", n, left, want)
+			}
+		}
+		queued := 0
+		for i, s := range subs {
+			if len(s.items) > 0 {
+				queued++
+				s.end()
+			} else if !slices.Equal(got[i], want) {
+				t.Errorf("%d readers: one got %v", n, got[i])
+			}
+		}
+		if want := max(0, n-maxWrites); queued != want {
+			t.Errorf("%d readers: %d were left to their own goroutines, want %d", n, queued, want)
+		}
+	}
+}
+
 // TestOfferNow holds I4 where publishers write: only while nothing is queued, only while
 // they may, and what the connection did not take is left to the reader's goroutine.
 func TestOfferNow(t *testing.T) {
