@@ -446,9 +446,9 @@ func quantile(v []float64, q float64) float64 {
 	return v[int(q*float64(len(v)-1))]
 }
 
-// BenchmarkLatency: from before the write of the last byte of a frame to vw,
-// until its last byte is read at the relay, at 25 frames/s; and the part of a
-// processor that vw needs for it.
+// BenchmarkLatency: from before the write of the last byte of a frame, until its last
+// byte is read at a receiver, at 25 frames/s, of vw and of a raw relay in turns; and the
+// part of a processor that each needs for it.
 func BenchmarkLatency(b *testing.B) {
 	for _, c := range []struct {
 		destinations, mbit int
@@ -460,47 +460,86 @@ func BenchmarkLatency(b *testing.B) {
 }
 
 func benchLatency(b *testing.B, name string, destinations, size int) {
-	const frames, every = 250, 40 * time.Millisecond
-	l := listenLoopback(b)
-	base := time.Now()
-	var mu sync.Mutex
-	got := make(map[int][]time.Duration) // by frame
-	var conns atomic.Int64
-	serveEach(b, l, func(conn net.Conn) {
-		conns.Add(1)
-		readFrames(conn, func(frame int, at time.Time) {
-			mu.Lock()
-			defer mu.Unlock()
-			got[frame] = append(got[frame], at.Sub(base))
+	const rounds, frames, every = 5, 75, 40 * time.Millisecond
+	relays := []*latencies{{kind: "vw"}, {kind: "raw"}}
+	for _, r := range relays {
+		l := listenLoopback(b)
+		var conns atomic.Int64
+		serveEach(b, l, func(conn net.Conn) {
+			conns.Add(1)
+			if r.kind == "raw" {
+				eachPacket(bufio.NewReaderSize(conn, 64<<10), r.arrived)
+				return
+			}
+			readFrames(conn, r.arrived)
 		})
-	})
-	v := benchVW(b, name, destinations, "ws://"+l.Addr().String())
-	waitFor(b, "all destinations", func() bool { return conns.Load() == int64(destinations) })
-	time.Sleep(100 * time.Millisecond) // the handshakes
-	post := newBenchPost(b, v.addr, size, every)
-	post.feed(b, 25, func(int) {})
-	sent := make(map[int]time.Duration)
-	cpu := cpuTime(b, v.cmd.Process.Pid)
-	for b.Loop() {
-		post.feed(b, frames, func(frame int) { sent[frame] = time.Since(base) })
-		time.Sleep(100 * time.Millisecond)
+		addr := l.Addr().String()
+		if r.kind == "raw" {
+			r.pid, addr, _ = benchChild(b, r.kind, addr, strconv.Itoa(destinations), "ws")
+		} else {
+			v := benchVW(b, name, destinations, "ws://"+addr)
+			r.pid, addr = v.cmd.Process.Pid, v.addr
+		}
+		waitFor(b, "all destinations", func() bool { return conns.Load() == int64(destinations) })
+		time.Sleep(100 * time.Millisecond) // the handshakes
+		r.post = newBenchPost(b, addr, size, every)
+		r.feed(b, 25, destinations)
+		r.took, r.cpu, r.span = nil, 0, 0
 	}
-	cpu = cpuTime(b, v.cmd.Process.Pid) - cpu
-	var took []float64 // microseconds
-	mu.Lock()
-	defer mu.Unlock()
-	for frame, at := range sent {
-		for _, t := range got[frame] {
-			took = append(took, float64(t-at)/1e3)
+	for b.Loop() {
+		for range rounds {
+			for _, r := range relays {
+				r.feed(b, frames, destinations)
+			}
 		}
 	}
-	if want := len(sent) * destinations; len(took) != want {
-		b.Errorf("%d frames arrived, want %d", len(took), want)
-	}
 	b.ReportMetric(0, "ns/op")
-	b.ReportMetric(100*cpu.Seconds()/b.Elapsed().Seconds(), "%CPU")
-	for _, p := range []int{50, 95, 99} {
-		b.ReportMetric(quantile(took, float64(p)/100), fmt.Sprintf("p%d-us", p))
+	for _, r := range relays {
+		b.ReportMetric(100*r.cpu.Seconds()/r.span.Seconds(), r.kind+"-%CPU")
+		for _, p := range []int{50, 95, 99} {
+			b.ReportMetric(quantile(r.took, float64(p)/100), fmt.Sprintf("%s-p%d-us", r.kind, p))
+		}
+	}
+}
+
+// latencies are those of one relay.
+type latencies struct {
+	kind      string
+	pid       int
+	post      *benchPost
+	took      []float64     // microseconds, of each frame and receiver
+	cpu, span time.Duration // that they cost, and in which they were fed
+
+	mu  sync.Mutex
+	got map[int][]time.Time // by frame
+}
+
+func (r *latencies) arrived(frame int, at time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.got[frame] = append(r.got[frame], at)
+}
+
+// feed posts frames, and notes when they arrived.
+func (r *latencies) feed(b *testing.B, frames, destinations int) {
+	r.mu.Lock()
+	r.got = make(map[int][]time.Time)
+	r.mu.Unlock()
+	sent := make(map[int]time.Time)
+	cpu, start := cpuTime(b, r.pid), time.Now()
+	r.post.feed(b, frames, func(frame int) { sent[frame] = time.Now() })
+	time.Sleep(100 * time.Millisecond)
+	r.cpu += cpuTime(b, r.pid) - cpu
+	r.span += time.Since(start)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for frame, at := range sent {
+		if n := len(r.got[frame]); n != destinations {
+			b.Errorf("%s: frame %d arrived %d times, want %d", r.kind, frame, n, destinations)
+		}
+		for _, t := range r.got[frame] {
+			r.took = append(r.took, float64(t.Sub(at))/1e3)
+		}
 	}
 }
 
@@ -516,15 +555,24 @@ func readFrames(conn net.Conn, arrived func(frame int, at time.Time)) {
 		if err != nil {
 			return
 		}
-		payload = b
-		at := time.Now()
-		for p := range slices.Chunk(payload, packetSize) {
-			if p := packet(p); opcode == opBinary && p.stuffed() {
-				arrived(int(binary.BigEndian.Uint64(p[packetSize-8:])), at)
-			}
+		if payload = b; opcode == opBinary {
+			eachPacket(bytes.NewReader(payload), arrived)
 		}
 		if time.Since(pong) > pongEvery {
 			pong = sendPong(conn)
+		}
+	}
+}
+
+// eachPacket calls arrived for the last packet of each frame.
+func eachPacket(r io.Reader, arrived func(frame int, at time.Time)) {
+	p := make(packet, packetSize)
+	for {
+		if _, err := io.ReadFull(r, p); err != nil {
+			return
+		}
+		if p.stuffed() {
+			arrived(int(binary.BigEndian.Uint64(p[packetSize-8:])), time.Now())
 		}
 	}
 }
