@@ -511,7 +511,7 @@ func TestPingAhead(t *testing.T) {
 			write(fd)
 		}
 		l.pinged = time.Now().Add(-tt.since)
-		l.pinger = time.AfterFunc(time.Hour, s.wake)
+		l.pinger = time.AfterFunc(pingEvery, s.wake)
 		s.letWrite(l.writeNow)
 		for i := range byte(2) {
 			m := newMessage(bytes.Repeat([]byte{i + 1}, 188), time.Now(), chunkInfo{start: true, key: true, hasVideo: true, hasPAT: true})

@@ -18,13 +18,14 @@ import (
 	"time"
 )
 
-// How often a publisher writes a chunk itself, at most: for so long it holds the locks
-// of its feed and stream, for which a mute waits. More readers have it from the
-// goroutines of their links. Another processor shares what takes more than a
+// How often, and how much, a publisher writes of a chunk itself, at most: for so long it
+// holds the locks of its feed and stream, for which a mute waits. More readers have it
+// from the goroutines of their links. Other processors share what takes more than a
 // millisecond, but not where chunks come so soon after each other that none is idle.
 const (
 	maxWrites  = 256
-	writeShare = 64 // for each processor
+	maxWritten = 2560 << 10 // bytes
+	writeShare = 64         // writes for each processor
 	soon       = 10 * time.Millisecond
 )
 
@@ -391,7 +392,7 @@ func (f *feed) publish(pub *publisher, m *message, now ticks) (waits bool) {
 		return false
 	}
 	f.kinds.note(m)
-	m.writes = ownWrites{maxWrites, writeShare}
+	m.writes = ownWrites{min(maxWrites, maxWritten/max(m.size, 1)), writeShare}
 	if m.at.Sub(f.heard) < soon {
 		m.writes.share = maxWrites
 	}
@@ -462,8 +463,9 @@ func offer(subs []*subscriber, w ownWrites, messages ...*message) ownWrites {
 	for _, s := range subs[own:] {
 		s.offer(messages...)
 	}
-	if subs = subs[:own]; own > w.share {
-		w.left -= offerTogether(subs, own/w.share, slices.Clone(messages))
+	subs = subs[:own]
+	if n := own / max(w.share, 1); n > 1 {
+		w.left -= offerTogether(subs, n, slices.Clone(messages)) // else none could stay on the stack
 		return w
 	}
 	for _, s := range subs {

@@ -188,7 +188,7 @@ func (t *transport) flush() (n int, err error) {
 type pace struct {
 	asked  time.Time     // whether bytes wait
 	looked time.Time     // at the rate
-	calm   bool          // no more waited then than a receiver may leave unacknowledged, and the link is fast
+	calm   bool          // the link is fast, and no more waited than a receiver may leave unacknowledged
 	rate   float64       // bytes a second; 0: not known
 	minRTT time.Duration // the shortest way there and back
 	mss    int           // bytes in a segment
@@ -203,11 +203,13 @@ func (c *pace) look(w wire, now time.Time) {
 	}
 	if now.Sub(c.asked) >= every {
 		c.asked = now
-		c.calm = c.rate > 0 && !c.matters() && w.unacked() < 2*c.mss
-		if since := now.Sub(c.looked); !c.calm || since >= rateEvery {
+		waits := w.unacked()
+		calm := waits == 0 || waits < 2*c.mss && w.unsent() == 0
+		if since := now.Sub(c.looked); !calm || !c.calm || since >= rateEvery {
 			c.looked = now
 			c.lookAtRate(w, since)
 		}
+		c.calm = calm && !c.matters()
 	}
 	if c.delay = 0; c.matters() {
 		c.delay = max(0, c.time(w.unacked())-c.minRTT)
