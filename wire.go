@@ -209,7 +209,7 @@ func (c *pace) look(w wire, now time.Time) {
 			c.looked = now
 			c.lookAtRate(w, since)
 		}
-		c.calm = calm && !c.matters()
+		c.calm = calm && c.rate > 0 && !c.matters()
 	}
 	if c.delay = 0; c.matters() {
 		c.delay = max(0, c.time(w.unacked())-c.minRTT)
