@@ -29,10 +29,6 @@ const (
 	soon       = 10 * time.Millisecond
 )
 
-// ownWrites are those that a publisher may still do itself, and how many of them are one
-// processor's.
-type ownWrites struct{ left, share int }
-
 const maxPublishers = 256 // feeds that are published; each holds up to 2 MiB
 
 // errFull says that vw has as many of something as it can have. Wrapped, it says of

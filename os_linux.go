@@ -90,19 +90,19 @@ func sendNow(fd int, parts [][]byte) int {
 	return int(n)
 }
 
-// tcpInfo returns what the kernel knows of a connection; ok is false if it does not
-// tell. linux/tcp.h
-func tcpInfo(c syscall.RawConn) (i tcpState, ok bool) {
+// tcpInfo returns what the kernel knows of a connection: how many bytes of it are
+// acknowledged, its least round trip lately, how many bytes a second went while there
+// were enough of them, and the bytes in a segment. ok is false if it does not tell.
+// linux/tcp.h
+func tcpInfo(c syscall.RawConn) (acked uint64, minRTT time.Duration, rate uint64, mss int, ok bool) {
 	q := questions.Get().(*question)
 	defer questions.Put(q)
 	q.what, q.ok = 0, false
 	c.Control(q.ask)
-	return tcpState{
-		acked:  binary.NativeEndian.Uint64(q.info[120:]),
-		minRTT: time.Duration(binary.NativeEndian.Uint32(q.info[148:])) * time.Microsecond,
-		rate:   binary.NativeEndian.Uint64(q.info[160:]),
-		mss:    int(binary.NativeEndian.Uint32(q.info[16:])),
-	}, q.ok
+	acked = binary.NativeEndian.Uint64(q.info[120:])
+	minRTT = time.Duration(binary.NativeEndian.Uint32(q.info[148:])) * time.Microsecond
+	mss = int(binary.NativeEndian.Uint32(q.info[16:]))
+	return acked, minRTT, binary.NativeEndian.Uint64(q.info[160:]), mss, q.ok
 }
 
 // sysGetsockopt is the number of the system call, which package syscall does not

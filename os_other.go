@@ -9,6 +9,7 @@ import (
 	"math"
 	"os"
 	"syscall"
+	"time"
 )
 
 // limitUnsent does nothing where TCP_NOTSENT_LOWAT is not known to work.
@@ -20,7 +21,9 @@ func unsent(syscall.RawConn) int { return 0 }
 
 func unacked(syscall.RawConn) int { return 0 }
 
-func tcpInfo(syscall.RawConn) (i tcpState, ok bool) { return i, false }
+func tcpInfo(syscall.RawConn) (acked uint64, minRTT time.Duration, rate uint64, mss int, ok bool) {
+	return 0, 0, 0, 0, false
+}
 
 // sendNow is not tried here: a link writes in its own goroutine.
 

@@ -44,6 +44,10 @@ type message struct {
 	holders atomic.Int32
 }
 
+// ownWrites are those that a publisher may still do itself, and how many of them are one
+// processor's.
+type ownWrites struct{ left, share int }
+
 // newMessage copies payload. The caller holds the message.
 func newMessage(payload []byte, at time.Time, info chunkInfo) *message {
 	m := spare.Get().(*message)

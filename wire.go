@@ -43,21 +43,13 @@ func newWire(tcp *net.TCPConn) wire {
 	return wire{conn}
 }
 
-// tcpState is what the kernel knows of a connection.
-type tcpState struct {
-	acked  uint64        // bytes that are acknowledged
-	minRTT time.Duration // the shortest way there and back lately
-	rate   uint64        // bytes a second that went while there were enough of them
-	mss    int           // bytes in a segment
-}
-
 // acked returns how many bytes are acknowledged; ok is false if that is not known.
 func (w wire) acked() (n uint64, ok bool) {
 	if w.conn == nil {
 		return 0, false
 	}
-	i, ok := tcpInfo(w.conn)
-	return i.acked, ok
+	n, _, _, _, ok = tcpInfo(w.conn)
+	return n, ok
 }
 
 // known reports whether anything is known.
@@ -188,7 +180,7 @@ func (t *transport) flush() (n int, err error) {
 type pace struct {
 	asked  time.Time     // whether bytes wait
 	looked time.Time     // at the rate
-	calm   bool          // the link is fast, and no more waited than a receiver may leave unacknowledged
+	calm   bool          // the link is fast, and kept up then
 	rate   float64       // bytes a second; 0: not known
 	minRTT time.Duration // the shortest way there and back
 	mss    int           // bytes in a segment
@@ -203,17 +195,23 @@ func (c *pace) look(w wire, now time.Time) {
 	}
 	if now.Sub(c.asked) >= every {
 		c.asked = now
-		waits := w.unacked()
-		calm := waits == 0 || waits < 2*c.mss && w.unsent() == 0
+		calm := c.rate > 0 && !c.matters() && c.keepsUp(w)
 		if since := now.Sub(c.looked); !calm || !c.calm || since >= rateEvery {
 			c.looked = now
 			c.lookAtRate(w, since)
 		}
-		c.calm = calm && c.rate > 0 && !c.matters()
+		c.calm = calm && !c.matters()
 	}
 	if c.delay = 0; c.matters() {
 		c.delay = max(0, c.time(w.unacked())-c.minRTT)
 	}
+}
+
+// keepsUp reports whether no more waits than a receiver may leave unacknowledged.
+// RFC 5681 4.2
+func (c *pace) keepsUp(w wire) bool {
+	n := w.unacked()
+	return n == 0 || n < 2*c.mss && w.unsent() == 0
 }
 
 // matters reports whether the link is so slow that what waits on it makes video
@@ -225,17 +223,17 @@ func (c *pace) lookAtRate(w wire, since time.Duration) {
 	if w.conn == nil {
 		return
 	}
-	i, ok := tcpInfo(w.conn)
-	if !ok || i.rate == 0 {
+	_, minRTT, rate, mss, ok := tcpInfo(w.conn)
+	if !ok || rate == 0 {
 		return
 	}
-	c.minRTT, c.mss = i.minRTT, i.mss
+	c.minRTT, c.mss = minRTT, mss
 	// What a queue took in a burst is no rate: it may fall at once, and rises slowly.
 	share := min(float64(since)/float64(2*paceEvery), 1)
-	if float64(i.rate) > c.rate && c.rate > 0 {
+	if float64(rate) > c.rate && c.rate > 0 {
 		share /= 4
 	}
-	c.rate += (float64(i.rate) - c.rate) * share
+	c.rate += (float64(rate) - c.rate) * share
 }
 
 // time returns how long so many bytes take.
